@@ -1,0 +1,95 @@
+"""Which codes can win, and when float32 is enough to tell: the theorems that the fast engines use.
+
+Write n for the block size, M for the block's largest |w|, s[k] for the scale under E4M3 code k, v[k]
+for its E4M3 value and e(s) = sum_i min_q (|w_i| - q s)^2 for the error at scale s, with q in the
+E2M1 grid Q = {0, .5, 1, 1.5, 2, 3, 4, 6}. "The answer" is the lowest code >= min_code of least e.
+
+Premise 0 (exact doubling). Where v[j] = 2 v[k] also s[j] = 2 s[k] exactly: s is three roundings of
+v, each of which commutes with doubling unless a result is subnormal. global_amax >= 2^-100 keeps
+every s[k] above 2^-121, so it suffices. Below it no bound is used and all codes are searched.
+
+Theorem 1 (no code above the window wins). Let M <= 3.5 s[k], and let code h >= min_code have
+v[h] = v[k] / 2. Then e(s[h]) <= e(s[k]), so k, the higher code, is not the answer.
+    Proof. Up to 3.5 s the point 3 s is at least as near as 4 s, so e(s) uses only {0, .5, 1, 1.5, 2, 3} s,
+    and these are {0, 1, 2, 3, 4, 6} (s/2), points of the grid at s/2. Holds element by element.
+    Which codes have such an h: from LAST_UNIFORM_CODE = 16 up code k - 8 is the half, below it k / 2
+    where k is even. So every code above max(15, min_code + 7) has one that may be chosen.
+
+Theorem 2 (no code below the window wins). Let code d <= 126 have v[d] = 2 v[k], and let
+M > (7 + (n - 1) / 16) s[k]. Then e(s[d]) < e(s[k]), so k is not the answer.
+    Proof. Write r for s[k]. The largest element contributes (M - 6r)^2 at r, and at 2r at most
+    (M - 8r)^2, since 8r = 4 (2r) is a point there: a change of at most 28 r^2 - 4 M r. The grid at 2r
+    has {0, 1, 2, 3, 4, 6} r and more; it lacks only .5 r and 1.5 r of the grid at r, so any other
+    element's error grows by at most r^2 / 4. The sum is negative when 4 M > 28 r + (n - 1) r / 4.
+    Codes up to 118 have such a d; 119 .. 126 never fall to this theorem.
+
+Theorem 3 (blocks too small to matter). If M <= s[min_code] / 4 every element rounds to 0 at every
+code, all errors equal sum w^2, and the answer is min_code.
+
+Theorem 4 (float32 margin). Let u = 2^-24. Compute q by one fused rounding of |w| (1 / s) to the step of
+its binade, r = fma(q, -s, |w|) and e by a chain (or any tree) of fma(r, r, e). Then
+|computed - e| <= (n + 32) u e + n 2^-124.
+    Proof. s is a float32 by definition, so r is one rounding of the true residual: relative error u in
+    r, 2u in r^2, and at most n u from summation. The rounding of 1 / s moves |w| / s by a relative
+    2u at most, so q is a nearest point unless y = |w| / s lies within 2u y of a midpoint; then the
+    residual of the chosen neighbour exceeds the least one h s (h half the gap) by at most 4 u y s, and
+    its square by a factor 1 + 4 u y / h to first order, where y / h <= 7 at every midpoint: 28 u. The
+    absolute term covers results below float32's normal range, flushed to zero or not, in up to two
+    operations an element.
+Hence two computed errors compare rightly if the larger exceeds the smaller by the factor
+1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly.
+
+Theorem 5 (exact comparison). With A = sum w_i q_i, B = sum q_i^2 and q_i nearest points at s,
+e(s) = sum w^2 + s^2 B - 2 s A, so two scales compare by f(s) = s^2 B - 2 s A alone. s has 24 bits; a
+w_i with q_i != 0 is at least s / 4, so it is a multiple of ulp(s) / 8, and q_i of 1/2. Where M <= 2^20 s
+and n <= 2^20, f is a multiple of ulp(s)^2 / 16 below 2^98 such units: a pair of float64 (106 bits) holds it
+exactly, and the engines compute that pair by error-free transformations. Beyond M = 2^20 s the element
+M alone makes e(s[126]) smaller by more than the other elements can add, unless n exceeds 2^18, and
+the pair's relative error of 2^-100 cannot hide it.
+
+For n = 16 the window [M / 7.9375, M / 3.5] holds at most 10 codes. The bound -3 .. +7 codes around absmax
+that others publish is the same window without the premises: codes below 16 and above 118 break it.
+"""
+
+from typing import NamedTuple
+
+#: Premise 0: for a smaller global amax the fast engines search every code exactly.
+LEAST_GLOBAL_AMAX = 2.0**-100
+#: Theorem 1: a code whose scale is at least M / 3.5 is not needed if its half may be chosen.
+UPPER_RATIO = 3.5
+#: Theorem 2 says nothing about codes from here up: they have no double.
+FIRST_UNDOUBLED_CODE = 119
+#: Theorem 1 says nothing about codes up to this one, or up to min_code + 7.
+LAST_UNHALVED_CODE = 15
+#: More than the relative rounding of s and of M times a factor below: such a code is kept.
+_SLACK = 2.0**-20
+#: A larger block_size is refused by the fast engines (theorem 5).
+MAX_BLOCK_SIZE = 2**18
+
+
+class Window(NamedTuple):
+    """The constants of the window and of the float32 margin for one block size.
+
+    A block with largest magnitude M may take the codes whose E4M3 value v satisfies
+    lower <= v * global_amax / (M * 2688) < upper, and those that the theorems say nothing about.
+    """
+
+    lower: float
+    upper: float
+    relative_margin: float
+    absolute_margin: float
+
+
+def window(block_size: int) -> Window:
+    lower_ratio = 7 + (block_size - 1) / 16
+    return Window(
+        lower=(1 - _SLACK) / lower_ratio,
+        upper=(1 + _SLACK) / UPPER_RATIO,
+        relative_margin=3 * (block_size + 32) * 2.0**-24,
+        absolute_margin=4 * block_size * 2.0**-124,
+    )
+
+
+def last_unhalved_code(min_code: int) -> int:
+    """Up to this code theorem 1 may lack its premise."""
+    return min(126, max(LAST_UNHALVED_CODE, min_code + 7))
