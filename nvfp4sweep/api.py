@@ -192,7 +192,7 @@ def global_amax(*weights: npt.NDArray[Any], batch_dims: int = 0) -> npt.NDArray[
     shapes = {amax.shape for amax in amaxes}
     if len(shapes) > 1:
         raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(shapes)}")
-    return np.max(np.stack(amaxes), axis=0)
+    return np.asarray(np.max(np.stack(amaxes), axis=0))
 
 
 class _Task(NamedTuple):

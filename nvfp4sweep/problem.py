@@ -166,7 +166,7 @@ def global_amax_per_matrix(values: npt.ArrayLike, problem: Problem) -> npt.NDArr
         raise ValueError(
             f"global_amax{list(index) if index else ''} is {array[index]}: it must be finite and >= 0"
         )
-    return np.ascontiguousarray(np.broadcast_to(array, problem.batch_shape)).reshape(-1)
+    return np.broadcast_to(array, problem.batch_shape).flatten()
 
 
 def check_global_amax_shape(shape: tuple[int, ...], problem: Problem) -> None:

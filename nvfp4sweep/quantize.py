@@ -51,7 +51,7 @@ def scale_bytes(code: npt.NDArray[np.uint8]) -> npt.NDArray[Any]:
 
 def global_scale(global_amax: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """The float32 multiplier that a checkpoint stores: amax / 2688."""
-    return global_amax / np.float32(NVFP4_MAX)
+    return np.asarray(global_amax / np.float32(NVFP4_MAX))
 
 
 def encode(weight: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:

@@ -41,17 +41,21 @@ Hence two computed errors compare rightly if the larger exceeds the smaller by t
 
 Theorem 5 (exact comparison). With A = sum w_i q_i, B = sum q_i^2 and q_i nearest points at s,
 e(s) = sum w^2 + s^2 B - 2 s A, so two scales compare by f(s) = s^2 B - 2 s A alone. s has 24 bits; a
-w_i with q_i != 0 is at least s / 4, so it is a multiple of ulp(s) / 8, and q_i of 1/2. Where M <= 2^20 s
-and n <= 2^20, f is a multiple of ulp(s)^2 / 16 below 2^98 such units: a pair of float64 (106 bits) holds it
-exactly, and the engines compute that pair by error-free transformations. Beyond M = 2^20 s the element
-M alone makes e(s[126]) smaller by more than the other elements can add, unless n exceeds 2^18, and
-the pair's relative error of 2^-100 cannot hide it.
+w_i with q_i != 0 is at least s / 4, so it is a multiple of ulp(s) / 4, and q_i is one of 1/2. Where
+M <= 2^20 s and n <= 2^18, f is a multiple of ulp(s)^2 / 4 below 2^96 of them: a pair of float64 (106 bits)
+holds it, and the engines compute that pair by error-free transformations. A code k with M > 2^20 s[k]
+cannot win unless it is the last: the next scale reduces the error of M by at least M s / 4, adds at most
+s^2 to each other element, and n <= 2^18; the pair's relative error of 2^-50 or less cannot hide that.
 
 For n = 16 the window [M / 7.9375, M / 3.5] holds at most 10 codes. The bound -3 .. +7 codes around absmax
 that others publish is the same window without the premises: codes below 16 and above 118 break it.
 """
 
 from typing import NamedTuple
+
+import numpy as np
+
+from nvfp4sweep.formats import E4M3_VALUES, MAX_CODE
 
 #: Premise 0: for a smaller global amax the fast engines search every code exactly.
 LEAST_GLOBAL_AMAX = 2.0**-100
@@ -92,4 +96,14 @@ def window(block_size: int) -> Window:
 
 def last_unhalved_code(min_code: int) -> int:
     """Up to this code theorem 1 may lack its premise."""
-    return min(126, max(LAST_UNHALVED_CODE, min_code + 7))
+    return min(MAX_CODE, max(LAST_UNHALVED_CODE, min_code + 7))
+
+
+def most_candidates(block_size: int) -> int:
+    """The most codes that a window holds where both theorems have their premises: 10 for 16."""
+    bounds = window(block_size)
+    values = E4M3_VALUES
+    return max(
+        int(np.count_nonzero((values >= v) & (values < v * bounds.upper / bounds.lower)))
+        for v in values[LAST_UNHALVED_CODE + 1 : FIRST_UNDOUBLED_CODE]
+    )

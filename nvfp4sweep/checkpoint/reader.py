@@ -1,0 +1,127 @@
+"""A safetensors checkpoint on disk: a file, or a folder of shards. Tensors are read one at a time."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (the NumPy loader of safetensors needs it for bfloat16)
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be used as it is; the message says why."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What the header of a safetensors file says about a tensor.
+
+    Attributes:
+        name: unique in the checkpoint.
+        shape: axes as stored.
+        dtype: as safetensors names it: "F32", "BF16", "F8_E4M3", "U8", ...
+        file: the file that holds it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+class Checkpoint:
+    """The tensors of a .safetensors file or of a Hugging Face folder.
+
+    A folder with model.safetensors.index.json has the tensors that the index names; one without it
+    has those of all its *.safetensors files.
+
+    Attributes:
+        tensors: one TensorInfo a tensor, file by file.
+
+    Raises:
+        CheckpointError: nothing there, not safetensors, or an index that does not fit its shards.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._handles: dict[Path, Any] = {}
+        if path.is_dir():
+            index = path / INDEX_NAME
+            self.tensors = self._indexed(index) if index.is_file() else self._all_in(path)
+        elif path.is_file():
+            self.tensors = self._header(path)
+        else:
+            raise CheckpointError(f"{path} does not exist")
+
+    def read(self, tensor: TensorInfo) -> npt.NDArray[Any]:
+        """The tensor, a copy in memory: float32, float16 or bfloat16; float64 becomes float32.
+
+        Raises:
+            CheckpointError: the data cannot be read.
+        """
+        try:
+            array: npt.NDArray[Any] = self._handle(tensor.file).get_tensor(tensor.name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{tensor.name} in {tensor.file} cannot be read: {error}") from None
+        if array.dtype == np.float64:
+            # As `sweep` does it: beyond float32's range it becomes infinite, which `sweep` reports.
+            with np.errstate(over="ignore"):
+                return array.astype(np.float32)
+        return array
+
+    def _handle(self, file: Path) -> Any:
+        if file not in self._handles:
+            try:
+                self._handles[file] = safe_open(file, framework="numpy")
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from None
+        return self._handles[file]
+
+    def _header(self, file: Path) -> list[TensorInfo]:
+        handle = self._handle(file)
+        slices = ((name, handle.get_slice(name)) for name in handle.keys())  # noqa: SIM118
+        return [TensorInfo(name, tuple(s.get_shape()), s.get_dtype(), file) for name, s in slices]
+
+    def _all_in(self, folder: Path) -> list[TensorInfo]:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} holds no *.safetensors file")
+        tensors: dict[str, TensorInfo] = {}
+        for file in files:
+            for tensor in self._header(file):
+                if tensor.name in tensors:
+                    other = tensors[tensor.name].file.name
+                    raise CheckpointError(
+                        f"{tensor.name} is in both {other} and {file.name}, and {folder} has no "
+                        f"{INDEX_NAME} to say which counts: name one file"
+                    )
+                tensors[tensor.name] = tensor
+        return list(tensors.values())
+
+    def _indexed(self, index: Path) -> list[TensorInfo]:
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            shards = sorted(set(weight_map.values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise CheckpointError(f'{index} is not a JSON file with a "weight_map" of names') from None
+        tensors = []
+        for shard in shards:
+            file = index.parent / str(shard)
+            if not file.is_file():
+                raise CheckpointError(f"{index} names the shard {shard}, which does not exist")
+            wanted = {name for name, value in weight_map.items() if value == shard}
+            found = [tensor for tensor in self._header(file) if tensor.name in wanted]
+            missing = wanted - {tensor.name for tensor in found}
+            if missing:
+                raise CheckpointError(f"{index} names {min(missing)} in {shard}, which does not hold it")
+            tensors += found
+        return tensors

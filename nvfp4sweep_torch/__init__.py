@@ -1,0 +1,188 @@
+"""nvfp4sweep for PyTorch: the functions of `nvfp4sweep` for tensors, on the CPU and on CUDA.
+
+CPU tensors reach the core's Numba engine in their own memory; CUDA tensors its Triton kernels, on the
+current stream. Results live on the weight's device and carry no gradient. Under torch.compile the
+functions become the operators torch.ops.nvfp4sweep.{calibrate, sweep, quantize}.
+
+For users of NVIDIA ModelOpt: NVFP4MSECalibrator, nvfp4_fp8_scale_sweep and fp8_scale_candidates have
+the meaning that ModelOpt's pull request 1387 gave them.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import nvfp4sweep
+from nvfp4sweep import Sweep, formats, problem
+from nvfp4sweep_torch import _ops
+from nvfp4sweep_torch._device import DeviceSweep
+from nvfp4sweep_torch._ops import Options
+from nvfp4sweep_torch._tensors import as_weight, choose_engine, to_numpy
+from nvfp4sweep_torch.calibrator import (
+    NVFP4MSECalibrator,
+    fp8_scale_candidates,
+    nvfp4_fp8_scale_sweep,
+)
+
+__all__ = [
+    "NVFP4MSECalibrator",
+    "QuantizedTensor",
+    "Sweep",
+    "calibrate",
+    "fp8_scale_candidates",
+    "global_amax",
+    "nvfp4_fp8_scale_sweep",
+    "quantize",
+    "scale_candidates",
+    "sweep",
+]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """An NVFP4 tensor; the fields of nvfp4sweep.QuantizedTensor as tensors on the weight's device."""
+
+    packed: Tensor
+    scale: Tensor
+    global_scale: Tensor
+    axis: int
+    block_size: int
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that a runtime computes with: products in float32, then rounded to `dtype`."""
+        codes = torch.stack([self.packed & 15, self.packed >> 4], dim=self.axis + 1)
+        magnitudes = torch.tensor(formats.E2M1_VALUES, dtype=torch.float32, device=codes.device)
+        values = torch.cat([magnitudes, -magnitudes])[codes.flatten(self.axis, self.axis + 1).int()]
+        padding = (1,) * (self.scale.ndim - self.global_scale.ndim)
+        scale = self.scale.float() * self.global_scale.reshape(self.global_scale.shape + padding)
+        return (values * scale.repeat_interleave(self.block_size, dim=self.axis)).to(dtype)
+
+
+def calibrate(
+    weight: Tensor,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> Tensor:
+    """nvfp4sweep.calibrate for a tensor.
+
+    Args:
+        weight: dense float32, float16 or bfloat16 tensor of any strides on the CPU or a CUDA device;
+            float64 is rounded to float32 first. Copied only if its axes cannot be merged by a view.
+        global_amax: a number, an array, or a tensor on the weight's device.
+        check_finite: raise ValueError on NaN or infinity. On CUDA this waits for the device; without
+            it the call does not, and can be captured in a CUDA graph.
+        implementation: "cpu" or "oracle" for CPU tensors, "triton" or "oracle" for CUDA tensors.
+
+    The other arguments, the errors and the source are those of nvfp4sweep.calibrate.
+
+    Returns:
+        float32 tensor on the weight's device, the weight's shape with `axis` divided by block_size.
+    """
+    options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
+    _refuse_unsupported(importance, hessian)
+    if torch.compiler.is_compiling():
+        return _ops.calibrate_op(weight.detach(), _amax_tensor(global_amax, weight), *options)  # type: ignore[no-any-return]
+    return _ops.run_calibrate(weight, global_amax, options)
+
+
+def sweep(
+    weight: Tensor,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> Sweep:
+    """As `calibrate`, and also each block's E4M3 code, its error and the global amax.
+
+    Returns:
+        Sweep(amax float32, code uint8, error float32, global_amax float32) of tensors.
+    """
+    options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
+    _refuse_unsupported(importance, hessian)
+    if torch.compiler.is_compiling():
+        return Sweep(*_ops.sweep_op(weight.detach(), _amax_tensor(global_amax, weight), *options))
+    return Sweep(*_ops.run_sweep(weight, global_amax, options))
+
+
+def quantize(
+    weight: Tensor,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> QuantizedTensor:
+    """The weight in NVFP4 under the scales that `calibrate` finds; the same arguments and errors.
+
+    Returns:
+        QuantizedTensor(packed uint8, scale float8_e4m3fn, global_scale float32).
+    """
+    options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
+    _refuse_unsupported(importance, hessian)
+    if torch.compiler.is_compiling():
+        packed, code, scale = _ops.quantize_op(
+            weight.detach(), _amax_tensor(global_amax, weight), *options
+        )
+    else:
+        packed, code, scale = _ops.run_quantize(weight, global_amax, options)
+    return QuantizedTensor(
+        packed, code.view(torch.float8_e4m3fn), scale, axis % weight.ndim, block_size
+    )
+
+
+def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
+    """nvfp4sweep.global_amax for tensors of one device: float32 of the batch axes' shape, there."""
+    tensors = [as_weight(weight) for weight in weights]
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"weights are on several devices: {sorted(map(str, devices))}")
+    if not tensors or tensors[0].device.type == "cpu":
+        return torch.from_numpy(nvfp4sweep.global_amax(*map(to_numpy, tensors), batch_dims=batch_dims))
+    amaxes = []
+    for tensor in tensors:
+        choose_engine(tensor, None)
+        asked = problem.make_problem(tensor.shape, block_size=1, batch_dims=batch_dims)
+        launched = DeviceSweep(tensor, asked)
+        launched.check_finite()
+        amaxes.append(launched.global_amax())
+    if len({amax.shape for amax in amaxes}) > 1:
+        raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes")
+    return torch.stack(amaxes).amax(dim=0)
+
+
+def scale_candidates() -> Tensor:
+    """nvfp4sweep.scale_candidates as a tensor: float32 [126], the E4M3 values / 448."""
+    return torch.from_numpy(nvfp4sweep.scale_candidates())
+
+
+def _refuse_unsupported(importance: object, hessian: object) -> None:
+    problem.make_problem((formats.BLOCK_SIZE,), importance=importance, hessian=hessian)
+
+
+def _amax_tensor(global_amax: Any, weight: Tensor) -> Tensor | None:
+    """What an operator takes: it knows tensors only."""
+    if global_amax is None or isinstance(global_amax, Tensor):
+        return global_amax
+    return torch.as_tensor(np.asarray(global_amax, np.float32), device=weight.device)

@@ -1,0 +1,64 @@
+"""Tensors in, NumPy views out, and the choice of an engine for where a tensor lives."""
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from torch import Tensor
+
+from nvfp4sweep import problem as problems
+from nvfp4sweep.problem import Problem
+
+
+def as_weight(weight: Any, name: str = "weight") -> Tensor:
+    """The tensor without its autograd history, or the exception that says what is wrong with it."""
+    if not isinstance(weight, Tensor):
+        raise problems.foreign_array_error(name, weight, "a PyTorch tensor")
+    if weight.layout is not torch.strided:
+        raise TypeError(f"{name} has layout {weight.layout}: it must be dense (torch.strided)")
+    problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
+    if weight.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{name} is on device {weight.device}: it must be on the CPU or a CUDA device")
+    weight = weight.detach().resolve_neg()
+    return weight.float() if weight.dtype is torch.float64 else weight
+
+
+def choose_engine(weight: Tensor, implementation: str | None) -> str:
+    on_cuda = weight.device.type == "cuda"
+    served = ["triton" if on_cuda else "cpu", "oracle"]
+    if not on_cuda and interpreting():
+        served.append("triton")
+    return problems.choose_engine(
+        implementation, default=served[0], served=served, where=f"a tensor on {weight.device}"
+    )
+
+
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET makes Triton run its kernels on the CPU."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return False
+    return bool(knobs.runtime.interpret)
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The values of a tensor; for one on the CPU its own memory, strides included."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype is torch.bfloat16:  # NumPy knows it through ml_dtypes only
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def check_same_device(global_amax: Any, weight: Tensor) -> None:
+    if isinstance(global_amax, Tensor) and global_amax.device != weight.device:
+        raise ValueError(
+            f"global_amax is on device {global_amax.device} and weight on {weight.device}: move one of them"
+        )
+
+
+def host_amax(global_amax: Any, asked: Problem) -> np.ndarray[Any, Any]:
+    """A caller's global_amax, checked, as float32 [matrices]. Waits for a tensor on a device."""
+    values = to_numpy(global_amax) if isinstance(global_amax, Tensor) else global_amax
+    return problems.global_amax_per_matrix(values, asked)
