@@ -6,7 +6,7 @@ tensors and arrays of their framework.
 
 from nvfp4sweep.api import Sweep, calibrate, global_amax, quantize, sweep
 from nvfp4sweep.formats import scale_candidates
-from nvfp4sweep.quantize import QuantizedTensor
+from nvfp4sweep.packing import QuantizedTensor
 
 __version__ = "0.1.0"
 

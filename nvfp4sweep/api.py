@@ -6,9 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nvfp4sweep import formats, oracle, problem
-from nvfp4sweep import quantize as _quantize
+from nvfp4sweep import packing
 from nvfp4sweep.problem import Problem
-from nvfp4sweep.quantize import QuantizedTensor
+from nvfp4sweep.packing import QuantizedTensor
 
 _SERVED = ("oracle", "cpu")
 _NUMPY_ARRAY = "a NumPy array"
@@ -156,8 +156,8 @@ def quantize(
     task.pack(code, packed)
     return QuantizedTensor(
         packed,
-        _quantize.scale_bytes(code),
-        _quantize.global_scale(task.global_amax.reshape(task.problem.batch_shape)),
+        packing.scale_bytes(code),
+        packing.global_scale(task.global_amax.reshape(task.problem.batch_shape)),
         task.problem.axis,
         task.problem.block_size,
     )

@@ -429,7 +429,7 @@ def _sweep_range(  # type: ignore[no-untyped-def]
     ]
 )
 def _pack_range(bits, is_float16, block_size, inner, start, stop, scales, code, packed):  # type: ignore[no-untyped-def]
-    """Write the E2M1 codes of the blocks start .. stop, two a byte, as quantize.encode defines them."""
+    """Write the E2M1 codes of the blocks start .. stop, two a byte, as packing.encode defines them."""
     sign_shift = np.uint32(8 * bits.itemsize - 1)
     tile = np.zeros((block_size, LANES), np.float32)
     tile_bits = tile.view(np.uint32)
@@ -533,7 +533,7 @@ def pack_matrix(
     code: npt.NDArray[np.uint8],
     packed: npt.NDArray[np.uint8],
 ) -> None:
-    """Write the E2M1 codes of a matrix under the flat E4M3 codes of its blocks (quantize.encode)."""
+    """Write the E2M1 codes of a matrix under the flat E4M3 codes of its blocks (packing.encode)."""
     scales = formats.scale_by_code(global_amax)
 
     def run(task: tuple[npt.NDArray[Any], int, int, int]) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from nvfp4sweep import quantize
+from nvfp4sweep import packing
 from nvfp4sweep.formats import E2M1_VALUES, MAX_CODE, amax_by_code, scale_by_code
 
 _CHUNK = 1024  # blocks at a time: the working set stays in the second-level cache
@@ -141,8 +141,8 @@ def pack_matrix(
     """As cpu.pack_matrix."""
     outer, length, inner = matrix.shape
     scale = scale_by_code(global_amax)[code].reshape(outer, length // block_size, inner)
-    codes = quantize.encode(matrix, np.repeat(scale, block_size, axis=1))
-    packed[:] = quantize.pack(codes, axis=1).reshape(-1)
+    codes = packing.encode(matrix, np.repeat(scale, block_size, axis=1))
+    packed[:] = packing.pack(codes, axis=1).reshape(-1)
 
 
 def absolute_maximum(matrix: npt.NDArray[Any]) -> np.float32:

@@ -1,0 +1,169 @@
+"""nvfp4sweep for JAX: the functions of `nvfp4sweep` for arrays, eager and traced.
+
+Which engine serves a call, unless `implementation` or NVFP4SWEEP_IMPLEMENTATION names one:
+
+- an array on one CPU device: "cpu", the core's Numba kernels on the array's own memory;
+- an array on one CUDA device: "triton", the core's Triton kernels, where PyTorch for CUDA and Triton
+  can be imported (the call then waits for the device), else "xla";
+- a traced array (inside jit, vmap, grad, shard_map), an array over several devices, and any other
+  device: "xla", which is plain jnp. It keeps the weight's sharding and needs no 64-bit mode.
+
+"xla" serves all of these; "oracle", the definition, all that are not traced. An engine that cannot
+serve an array raises ValueError. Every engine gives the same bits.
+
+While a call is traced no value can be checked: an element that is NaN makes the weight's own
+global amax, and so every block amax, NaN. Nothing here is differentiable: results are constants to
+grad and jvp.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import nvfp4sweep
+from nvfp4sweep import Sweep, formats, problem
+from nvfp4sweep_jax import _call, _xla
+from nvfp4sweep_jax._tensor import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "Sweep",
+    "calibrate",
+    "global_amax",
+    "quantize",
+    "scale_candidates",
+    "sweep",
+]
+
+
+def calibrate(
+    weight: jax.Array,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> jax.Array:
+    """nvfp4sweep.calibrate for a JAX array: the amax of every block of least squared error, exactly.
+
+    Args:
+        weight: float32, float16 or bfloat16 array, concrete or traced; float64 is rounded to float32
+            first.
+        global_amax: a number or an array that broadcasts over the leading `batch_dims` axes. It may be
+            traced: then its shape is checked, and its values, which must be finite and >= 0, are not.
+        axis: the axis along which blocks run: 0 for kernels [in, out], -1 for [out, in].
+        check_finite: raise ValueError if an element is NaN or infinite. Nothing is checked of an array
+            that is traced.
+        implementation: "cpu", "triton", "xla" or "oracle"; None chooses as the package says.
+
+    The other arguments, the errors and the source are those of nvfp4sweep.calibrate.
+
+    Returns:
+        float32, the weight's shape with `axis` divided by `block_size`, on the weight's devices. It
+        has no gradient: it is a constant to grad and jvp.
+
+    Raises:
+        TypeError: `weight` is not a JAX array, or has another dtype.
+        ValueError: as nvfp4sweep.calibrate; an implementation that cannot serve the array, as any but
+            "xla" under jit.
+        NotImplementedError: importance or hessian is given, or implementation is "pallas".
+    """
+    _, found = _call.search(
+        "calibrate", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,
+        check_finite, implementation,
+    )  # fmt: skip
+    amax: jax.Array = found.amax
+    return amax
+
+
+def sweep(
+    weight: jax.Array,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> Sweep:
+    """As `calibrate`, and also each block's E4M3 code, its error and the global amax.
+
+    Returns:
+        Sweep(amax float32, code uint8, error float32, global_amax float32) of arrays.
+    """
+    _, found = _call.search(
+        "sweep", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,
+        check_finite, implementation,
+    )  # fmt: skip
+    return Sweep(found.amax, found.code, found.error, found.global_amax)
+
+
+def quantize(
+    weight: jax.Array,
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    batch_dims: int = 0,
+    importance: None = None,
+    hessian: None = None,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> QuantizedTensor:
+    """The weight in NVFP4 under the scales that `calibrate` finds; the same arguments and errors.
+
+    Returns:
+        QuantizedTensor(packed uint8, scale float8_e4m3fn, global_scale float32), a pytree, with
+        .dequantize(dtype). `block_size` must be even.
+    """
+    asked, found = _call.search(
+        "quantize", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,
+        check_finite, implementation,
+    )  # fmt: skip
+    scale = lax.bitcast_convert_type(found.code, jnp.float8_e4m3fn)
+    return QuantizedTensor(found.packed, scale, found.global_scale, asked.axis, asked.block_size)
+
+
+def global_amax(*weights: jax.Array, batch_dims: int = 0) -> jax.Array:
+    """nvfp4sweep.global_amax for JAX arrays: the largest |w| over all of them.
+
+    Args:
+        weights: arrays as `calibrate` takes them, with the same leading `batch_dims` axes, on the
+            same devices.
+        batch_dims: leading axes that stack matrices, each with an amax of its own.
+
+    Returns:
+        float32 of the batch axes' shape: [] for batch_dims=0. NaN where a traced weight has NaN.
+
+    Raises:
+        TypeError, ValueError: as nvfp4sweep.global_amax.
+    """
+    if not weights:
+        raise ValueError("weights is empty: global_amax needs at least one array")
+    amaxes = []
+    for weight in map(_call.as_weight, weights):
+        asked = problem.make_problem(weight.shape, block_size=1, batch_dims=batch_dims)
+        amax = _xla.absolute_maximum(weight, asked)
+        _call.check_finite_amax(amax, weight)
+        amaxes.append(amax)
+    shapes = {amax.shape for amax in amaxes}
+    if len(shapes) > 1:
+        raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(shapes)}")
+    largest: jax.Array = _xla.largest(amaxes)
+    return largest
+
+
+def scale_candidates() -> jax.Array:
+    """nvfp4sweep.scale_candidates as an array: float32 [126], the E4M3 values / 448."""
+    return jnp.asarray(nvfp4sweep.scale_candidates())

@@ -1,0 +1,110 @@
+"""A checked call, and the choice of an engine for where its arrays live."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from nvfp4sweep import problem as problems
+from nvfp4sweep.problem import Problem
+from nvfp4sweep_jax import _eager, _xla
+from nvfp4sweep_jax._xla import Found
+
+#: What each public function needs of an engine.
+_OUTPUTS = {
+    "calibrate": ("amax",),
+    "sweep": ("amax", "code", "error", "global_amax"),
+    "quantize": ("code", "packed", "global_scale"),
+}
+
+
+def search(
+    function: str,
+    weight: Any,
+    global_amax: Any,
+    axis: int,
+    block_size: int,
+    batch_dims: int,
+    importance: None,
+    hessian: None,
+    min_code: int,
+    check_finite: bool,
+    implementation: str | None,
+) -> tuple[Problem, Found]:
+    """Check the arguments of the public function of this name and compute what it returns."""
+    weight = as_weight(weight)
+    asked = problems.make_problem(
+        weight.shape, axis=axis, block_size=block_size, batch_dims=batch_dims, min_code=min_code,
+        importance=importance, hessian=hessian,
+    )  # fmt: skip
+    if function == "quantize":
+        problems.check_packable(asked)
+    given = _given_amax(global_amax, asked)
+    traced = is_traced(weight) or is_traced(given)
+    engine = _choose_engine(weight, traced, implementation)
+    outputs = _OUTPUTS[function]
+    if engine == "triton":
+        return asked, _eager.through_torch(weight, asked, outputs, given, check_finite)
+    if engine != "xla":
+        return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
+
+    if given is None or (check_finite and not is_traced(weight)):
+        largest = _xla.absolute_maximum(weight, asked)
+        if check_finite:
+            check_finite_amax(largest, weight)
+        given = largest if given is None else given
+    return asked, _xla.run(weight, given, asked, outputs)
+
+
+def as_weight(weight: Any) -> jax.Array:
+    if not isinstance(weight, jax.Array):
+        raise problems.foreign_array_error("weight", weight, "a JAX array")
+    problems.check_dtype("weight", weight.dtype.name)
+    return weight
+
+
+def is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def check_finite_amax(largest: jax.Array, weight: jax.Array) -> None:
+    """Raise ValueError if the weight's largest |w| is not finite; nothing under tracing."""
+    # A concrete weight meets tracers too, where jit is at work: every result is traced there.
+    if not is_traced(largest) and not bool(jnp.isfinite(largest).all()):
+        raise _eager.first_nonfinite(weight)
+
+
+def _given_amax(global_amax: Any, asked: Problem) -> Any:
+    """float32 of the batch axes' shape, on the host unless it is traced; None if not given."""
+    if global_amax is None:
+        return None
+    if not is_traced(global_amax):
+        return problems.global_amax_per_matrix(np.asarray(global_amax), asked).reshape(asked.batch_shape)
+    if not (
+        jnp.issubdtype(global_amax.dtype, jnp.floating) or jnp.issubdtype(global_amax.dtype, jnp.integer)
+    ):
+        raise TypeError(f"global_amax has dtype {global_amax.dtype}: it must be real numbers")
+    problems.check_global_amax_shape(global_amax.shape, asked)
+    return jnp.broadcast_to(_xla.as_float32(global_amax).astype(jnp.float32), asked.batch_shape)
+
+
+def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:
+    # Once with every engine, for the name alone: an engine that is served nowhere has its own message.
+    name = problems.choose_engine(implementation, default="", served=problems.ENGINES, where="")
+    if name == "pallas":
+        raise NotImplementedError("the pallas engine is not built yet: use xla, which runs everywhere")
+    if traced:
+        served, where = ["xla"], "a traced array (inside jit, vmap, grad and the like)"
+    elif len(weight.devices()) > 1:
+        served, where = ["xla", "oracle"], "an array over several devices"
+    else:
+        (device,) = weight.devices()
+        served, where = ["xla", "oracle"], f"a JAX array on {device}"
+        if device.platform == "cpu":
+            served.insert(0, "cpu")
+        if name == "triton" or (not name and device.platform != "cpu"):
+            reason = _eager.why_not_triton(device)
+            where += f" ({reason})" if reason else ""
+            served[:0] = [] if reason else ["triton"]
+    return problems.choose_engine(implementation, default=served[0], served=served, where=where)

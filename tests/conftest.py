@@ -1,0 +1,159 @@
+"""Engines by fixture: each takes NumPy arrays and options, and gives NumPy arrays back."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nvfp4sweep
+
+
+def _cuda_is_available() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+CUDA = _cuda_is_available()
+if not CUDA:
+    # Before Triton is imported: its kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+#: Engines that must not be skipped, as NVFP4SWEEP_REQUIRE=triton,jax on a machine that has them.
+REQUIRED = set(filter(None, os.environ.get("NVFP4SWEEP_REQUIRE", "").split(",")))
+
+Answer = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to reach an answer. quantize gives [packed, scale bytes, global scale]; `rows` suits its speed."""
+
+    name: str
+    sweep: Answer
+    quantize: Answer
+    calibrate: Answer
+    rows: int = 64
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _numpy_engine() -> Engine:
+    def quantize(weight: Any, **options: Any) -> list[Any]:
+        result = nvfp4sweep.quantize(weight, implementation="cpu", **options)
+        return [result.packed, result.scale.view(np.uint8), result.global_scale]
+
+    return Engine(
+        "cpu",
+        functools.partial(nvfp4sweep.sweep, implementation="cpu"),
+        quantize,
+        functools.partial(nvfp4sweep.calibrate, implementation="cpu"),
+    )
+
+
+def to_tensor(weight: Any, device: str = "cpu") -> Any:
+    """A tensor with the array's values and strides."""
+    import torch
+
+    if weight.dtype.name == "bfloat16":
+        return torch.from_numpy(weight.view(np.int16).copy(order="K")).view(torch.bfloat16).to(device)
+    return torch.from_numpy(weight.copy(order="K")).to(device)
+
+
+def from_tensor(tensor: Any) -> Any:
+    import torch
+
+    if tensor.dtype is torch.float8_e4m3fn:
+        tensor = tensor.view(torch.uint8)
+    return tensor.cpu().numpy()
+
+
+def _torch_engine(name: str, device: str, implementation: str, rows: int) -> Engine:
+    import nvfp4sweep_torch
+
+    def call(function: Answer) -> Answer:
+        def run(weight: Any, **options: Any) -> Any:
+            with np.errstate(all="ignore"):  # the interpreter computes with NumPy, overflow included
+                result = function(to_tensor(weight, device), implementation=implementation, **options)
+            if isinstance(result, nvfp4sweep_torch.QuantizedTensor):
+                return [from_tensor(t) for t in (result.packed, result.scale, result.global_scale)]
+            if isinstance(result, tuple):
+                return nvfp4sweep.Sweep(*map(from_tensor, result))
+            return from_tensor(result)
+
+        return run
+
+    functions = (nvfp4sweep_torch.sweep, nvfp4sweep_torch.quantize, nvfp4sweep_torch.calibrate)
+    return Engine(name, *map(call, functions), rows=rows)
+
+
+def _jax_engine(name: str, *, traced: bool) -> Engine:
+    import jax
+    import jax.numpy as jnp
+
+    import nvfp4sweep_jax
+
+    def call(function: Answer) -> Answer:
+        def run(weight: Any, **options: Any) -> Any:
+            array = jnp.asarray(weight.astype(np.float32) if weight.dtype == np.float64 else weight)
+            if traced:
+                result = jax.jit(lambda w: function(w, **options))(array)
+            else:
+                result = function(array, **options)
+            if isinstance(result, nvfp4sweep_jax.QuantizedTensor):
+                return [
+                    np.asarray(result.packed),
+                    np.asarray(result.scale).view(np.uint8),
+                    np.asarray(result.global_scale),
+                ]
+            if isinstance(result, tuple):
+                return nvfp4sweep.Sweep(*map(np.asarray, result))
+            return np.asarray(result)
+
+        return run
+
+    functions = (nvfp4sweep_jax.sweep, nvfp4sweep_jax.quantize, nvfp4sweep_jax.calibrate)
+    return Engine(name, *map(call, functions))
+
+
+_ENGINES: dict[str, tuple[list[str], Callable[[], Engine]]] = {
+    "cpu": (["numba"], _numpy_engine),
+    "torch": (["numba", "torch"], lambda: _torch_engine("torch", "cpu", "cpu", 64)),
+    "triton": (
+        ["torch", "triton"],
+        lambda: _torch_engine("triton", *(("cuda", "triton", 64) if CUDA else ("cpu", "triton", 2))),
+    ),
+    "jax": (["jax"] if CUDA else ["numba", "jax"], lambda: _jax_engine("jax", traced=False)),
+    "jit": (["jax"], lambda: _jax_engine("jit", traced=True)),
+}
+#: What runs on a CUDA device where there is one.
+ON_DEVICE = {"triton", "jax", "jit"}
+
+
+def _parameter(name: str) -> Any:
+    return pytest.param(name, marks=[pytest.mark.gpu] if CUDA and name in ON_DEVICE else [])
+
+
+@pytest.fixture(scope="session", params=[_parameter(name) for name in _ENGINES])
+def engine(request: pytest.FixtureRequest) -> Engine:
+    needs, make = _ENGINES[request.param]
+    missing = [package for package in needs if importlib.util.find_spec(package) is None]
+    if missing:
+        reason = f"engine {request.param} needs {', '.join(missing)}, which is not installed"
+        if REQUIRED & {request.param, *missing}:
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return make()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not CUDA:
+        (pytest.fail if REQUIRED else pytest.skip)("no CUDA device")
