@@ -1,6 +1,6 @@
 """CPU: calibrate against np.abs(x).max() and the oracle; extra memory; import time.
 
-    python -m benchmarks.cpu
+python -m benchmarks.cpu
 """
 
 import os
@@ -66,6 +66,7 @@ def _cpu_name() -> str:
 
 def _import_seconds() -> float:
     """The median time that `import nvfp4sweep` adds to an interpreter's start."""
+
     def run(code: str) -> float:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True)

@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nvfp4sweep import formats, oracle, problem
-from nvfp4sweep import packing
-from nvfp4sweep.problem import Problem
+from nvfp4sweep import formats, oracle, packing, problem
 from nvfp4sweep.packing import QuantizedTensor
+from nvfp4sweep.problem import Problem
 
 _SERVED = ("oracle", "cpu")
 _NUMPY_ARRAY = "a NumPy array"
@@ -280,7 +279,5 @@ def _as_weight(weight: Any) -> npt.NDArray[Any]:
 
 
 def _nonfinite(weight: npt.NDArray[Any]) -> ValueError:
-    index = np.unravel_index(np.argmin(np.isfinite(weight)), weight.shape)
-    return problem.nonfinite_error("weight", index, weight[index])
-
-
+    index = [int(i) for i in np.unravel_index(np.argmin(np.isfinite(weight)), weight.shape)]
+    return problem.nonfinite_error("weight", index, weight[tuple(index)])

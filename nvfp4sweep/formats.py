@@ -29,7 +29,10 @@ LAST_UNIFORM_CODE = 16
 
 def _e4m3_value(code: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
     exponent, mantissa = code >> 3, code & 7
-    return np.where(exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10))
+    value: npt.NDArray[np.float64] = np.where(
+        exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, exponent - 10)
+    )
+    return value
 
 
 #: float64 [127], indexed by the E4M3 code. Entry 0 is 0 and never a candidate.

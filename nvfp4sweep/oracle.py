@@ -67,7 +67,7 @@ def _best_codes(
     errors = np.empty((n_blocks, len(codes)))
     for column, code in enumerate(codes):
         errors[:, column] = _squared_residuals(magnitude, scales[code]).sum(axis=1)
-    best = codes[errors.argmin(axis=1)]
+    best: npt.NDArray[np.intp] = codes[errors.argmin(axis=1)]
 
     # q s is exact in float64 (26 bits), the difference and the square are rounded once each, and a
     # sum of n terms at most n - 1 times, in whatever order: relative error (n + 2) 2^-53, and
@@ -88,8 +88,8 @@ def _exact_best(
     # all such scales: only the lowest of them can be the answer.
     all_zero = scales[codes] >= 4 * magnitude.max()
     distinct = [int(c) for c in codes[~all_zero]] + [int(c) for c in codes[all_zero][:1]]
-    weights = [_as_integer(w) for w in magnitude]
-    return min(distinct, key=lambda c: (_exact_error(weights, _as_integer(scales[c])), c))
+    weights = [_as_integer(float(w)) for w in magnitude]
+    return min(distinct, key=lambda c: (_exact_error(weights, _as_integer(float(scales[c]))), c))
 
 
 def _as_integer(value: float) -> int:

@@ -67,10 +67,12 @@ def encode(weight: npt.NDArray[Any], scale: npt.NDArray[np.float32]) -> npt.NDAr
         edge = midpoint * scale64
         code += magnitude >= edge if step % 2 else magnitude > edge
     code *= scale64 > 0
-    return code | np.signbit(weight) * np.uint8(E2M1_SIGN_BIT)
+    code |= np.signbit(weight) * np.uint8(E2M1_SIGN_BIT)
+    return code
 
 
 def pack(code: npt.NDArray[np.uint8], axis: int) -> npt.NDArray[np.uint8]:
     """Two codes a byte along `axis`: the even index in the low nibble."""
     even, odd = (np.moveaxis(code, axis, -1)[..., i::2] for i in (0, 1))
-    return np.moveaxis(even | odd << np.uint8(4), -1, axis)
+    packed: npt.NDArray[np.uint8] = np.moveaxis(even | odd << np.uint8(4), -1, axis)
+    return packed

@@ -168,8 +168,8 @@ def _interleave(a, b):
 
 
 @triton.jit
-def screen(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner, length_blocks, inner,
-           n_blocks, tiles, tables, codes, min_code, last_unhalved, relative_margin, absolute_margin,
+def screen(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner, length_blocks,
+           inner, n_blocks, tiles, tables, codes, min_code, last_unhalved, relative_margin, absolute_margin,
            ROWS: tl.constexpr, FLAT: tl.constexpr, VECTOR: tl.constexpr, BLOCK_SIZE: tl.constexpr,
            CANDIDATES: tl.constexpr, T: tl.constexpr):  # fmt: skip
     matrix, tile = _program(tiles)
@@ -182,9 +182,7 @@ def screen(weight, stride_matrix, stride_outer, stride_block, stride_length, str
         weight += start * BLOCK_SIZE
         offset = lane * BLOCK_SIZE
     else:
-        offset = _block_offset(
-            start + lane, length_blocks, inner, stride_outer, stride_block, stride_inner
-        )
+        offset = _block_offset(start + lane, length_blocks, inner, stride_outer, stride_block, stride_inner)
 
     # One vector [T] an element: a block lies within a thread, and its error is one chain of fma.
     w = ()
@@ -309,8 +307,8 @@ def _exact_best(pointer, step, block_size, tables, first, last):
 
 
 @triton.jit
-def settle(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner, length_blocks, inner,
-           n_blocks, tiles, block_size, tables, amax, code_out, min_code, last_unhalved,
+def settle(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner, length_blocks,
+           inner, n_blocks, tiles, block_size, tables, amax, code_out, min_code, last_unhalved,
            SCREENED: tl.constexpr, HAS_CODE: tl.constexpr, T: tl.constexpr):  # fmt: skip
     matrix, tile = _program(tiles)
     tables += matrix * TABLE
@@ -334,9 +332,7 @@ def settle(weight, stride_matrix, stride_outer, stride_block, stride_length, str
         peak = 0.0
         for top in range(0, block_size, 16):
             element = top + tl.arange(0, 16)
-            w = tl.load(
-                pointer + element.to(tl.int64) * stride_length, mask=element < block_size, other=0.0
-            )
+            w = tl.load(pointer + element.to(tl.int64) * stride_length, mask=element < block_size, other=0.0)
             peak = tl.maximum(peak, tl.max(tl.abs(w.to(tl.float32)), axis=0))
         first, last = _window(peak, tables, min_code, last_unhalved)
         best = _exact_best(pointer, stride_length, block_size, tables, first, last)
@@ -347,8 +343,9 @@ def settle(weight, stride_matrix, stride_outer, stride_block, stride_length, str
 
 
 @triton.jit
-def residual(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner, length_blocks, inner,
-             n_blocks, tiles, block_size, tables, codes, errors, T: tl.constexpr):  # fmt: skip
+def residual(weight, stride_matrix, stride_outer, stride_block, stride_length, stride_inner,
+             length_blocks, inner, n_blocks, tiles, block_size, tables, codes, errors,
+             T: tl.constexpr):  # fmt: skip
     """Summed in float64 element by element, as the oracle does."""
     matrix, tile = _program(tiles)
     tables += matrix * TABLE

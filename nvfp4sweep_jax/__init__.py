@@ -24,7 +24,7 @@ from jax import lax
 
 import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
-from nvfp4sweep_jax import _call, _xla
+from nvfp4sweep_jax import _amax, _call
 from nvfp4sweep_jax._tensor import QuantizedTensor
 
 __all__ = [
@@ -154,13 +154,13 @@ def global_amax(*weights: jax.Array, batch_dims: int = 0) -> jax.Array:
     amaxes = []
     for weight in map(_call.as_weight, weights):
         asked = problem.make_problem(weight.shape, block_size=1, batch_dims=batch_dims)
-        amax = _xla.absolute_maximum(weight, asked)
+        amax = _amax.absolute_maximum(weight, asked)
         _call.check_finite_amax(amax, weight)
         amaxes.append(amax)
     shapes = {amax.shape for amax in amaxes}
     if len(shapes) > 1:
         raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(shapes)}")
-    largest: jax.Array = _xla.largest(amaxes)
+    largest: jax.Array = _amax.largest(amaxes)
     return largest
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
-from nvfp4sweep_jax import _eager, _xla
+from nvfp4sweep_jax import _amax, _eager, _xla
 from nvfp4sweep_jax._xla import Found
 
 #: What each public function needs of an engine.
@@ -50,7 +50,7 @@ def search(
         return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
 
     if given is None or (check_finite and not is_traced(weight)):
-        largest = _xla.absolute_maximum(weight, asked)
+        largest = _amax.absolute_maximum(weight, asked)
         if check_finite:
             check_finite_amax(largest, weight)
         given = largest if given is None else given
@@ -86,7 +86,7 @@ def _given_amax(global_amax: Any, asked: Problem) -> Any:
     ):
         raise TypeError(f"global_amax has dtype {global_amax.dtype}: it must be real numbers")
     problems.check_global_amax_shape(global_amax.shape, asked)
-    return jnp.broadcast_to(_xla.as_float32(global_amax).astype(jnp.float32), asked.batch_shape)
+    return jnp.broadcast_to(_amax.as_float32(global_amax).astype(jnp.float32), asked.batch_shape)
 
 
 def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 import nvfp4sweep
 from nvfp4sweep.problem import Problem, nonfinite_error
-from nvfp4sweep_jax._xla import Found, as_float32
+from nvfp4sweep_jax._amax import as_float32
+from nvfp4sweep_jax._xla import Found
 
 
 def on_host(

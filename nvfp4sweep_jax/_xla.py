@@ -47,6 +47,7 @@ from nvfp4sweep.window import (
     window,
 )
 from nvfp4sweep_jax import _arithmetic as exact
+from nvfp4sweep_jax._amax import as_float32
 
 Array = jax.Array
 
@@ -67,41 +68,6 @@ class Found(NamedTuple):
     global_scale: Any = None
 
 
-@partial(jax.jit, static_argnames="problem")
-def absolute_maximum(weight: Array, problem: Problem) -> Array:
-    """float32 of problem.batch_shape: each matrix's largest |w|; NaN or infinite if an element is."""
-    weight = as_float32(lax.stop_gradient(weight))
-    axes = tuple(range(problem.batch_dims, weight.ndim))
-    magnitude = jnp.abs(weight)
-    # XLA may skip NaN in a maximum.
-    finite = jnp.where(magnitude < np.inf, magnitude, np.array(np.inf, weight.dtype))
-    largest = exact.magnitude_bits(jnp.max(finite, axis=axes, initial=0))
-
-    # Subnormals may count as 0 there, and NaN as infinity. Integers tell them apart, but XLA is slow to
-    # compare those: the loop runs once, and only where it matters.
-    def compare_bits(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        bits = jnp.max(exact.magnitude_bits(weight), axis=axes, initial=0)
-        return bits, bits < 0
-
-    unsure = (largest < exact.SMALLEST_NORMAL_BITS) | (largest >= exact.INF_BITS)
-    bits, _ = lax.while_loop(lambda carry: jnp.any(carry[1]), compare_bits, (largest, unsure))
-    return exact.from_bits(bits)
-
-
-@jax.jit
-def largest(amaxes: list[Array]) -> Array:
-    """The elementwise maximum of float32 arrays >= 0, subnormals and NaN included."""
-    return exact.from_bits(jnp.max(jnp.stack([exact.float32_bits(amax) for amax in amaxes]), axis=0))
-
-
-def as_float32(weight: Array) -> Array:
-    """A float64 weight rounded to float32; others as they are."""
-    if weight.dtype != jnp.float64:
-        return weight
-    with jax.enable_x64(True):
-        return exact.as_float32(weight)
-
-
 @partial(jax.jit, static_argnames=("problem", "outputs"))
 def run(weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str, ...]) -> Found:
     """Search every block and compute the fields of Found named in `outputs`.
@@ -110,8 +76,8 @@ def run(weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str,
         weight: of problem.shape, float32, float16, bfloat16 or float64.
         global_amax: float32 of problem.batch_shape, >= 0.
     """
-    weight, global_amax = lax.stop_gradient((as_float32(weight), global_amax))
-    view = _block_view(weight, problem)
+    weight, global_amax = lax.stop_gradient((weight, global_amax))
+    view = _block_view(as_float32(weight), problem)
     given = global_amax.reshape(global_amax.shape + (1,) * (weight.ndim - problem.batch_dims))
     amax_bits = exact.magnitude_bits(given)
     if problem.block_size <= MAX_UNROLLED_BLOCK_SIZE:
@@ -122,10 +88,11 @@ def run(weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str,
         code = _settle(screened, view, amax_bits, problem)
         amax = exact.block_amax(code, exact.widen(amax_bits))
         scale = exact.block_scale(code, exact.widen(amax_bits))
+        error = exact.round_to_float32(_error(view, scale, problem)) if "error" in outputs else None
         return Found(
             amax=exact.narrow(amax) if "amax" in outputs else None,
             code=code.astype(jnp.uint8) if "code" in outputs else None,
-            error=_error(view, scale, problem) if "error" in outputs else None,
+            error=None if error is None else exact.narrow(error),
             packed=_pack(view, scale, problem) if "packed" in outputs else None,
             global_amax=global_amax if "global_amax" in outputs else None,
             global_scale=exact.checkpoint_scale(global_amax) if "global_scale" in outputs else None,
@@ -332,7 +299,7 @@ def _exact_objectives(view: Array, scales: list[Array], problem: Problem) -> lis
 
 
 def _error(view: Array, scale: Array, problem: Problem) -> Array:
-    """float32: the squared error summed in float64 element by element, rounded once, as in the oracle."""
+    """float64: the squared error summed element by element in order, as in the oracle."""
     inverse = exact.reciprocal(scale)
 
     def add(total: Array, w: Array) -> Array:
@@ -341,7 +308,8 @@ def _error(view: Array, scale: Array, problem: Problem) -> Array:
         # The minimum (with q = 0) is residual^2; it keeps XLA from contracting square and sum.
         return total + jnp.minimum(residual * residual, magnitude * magnitude)
 
-    return exact.narrow(exact.round_to_float32(_fold(view, problem, add, scale * 0)))
+    total: Array = _fold(view, problem, add, scale * 0)
+    return total
 
 
 def _pack(view: Array, scale: Array, problem: Problem) -> Array:

@@ -142,14 +142,10 @@ def quantize(
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
     _refuse_unsupported(importance, hessian)
     if torch.compiler.is_compiling():
-        packed, code, scale = _ops.quantize_op(
-            weight.detach(), _amax_tensor(global_amax, weight), *options
-        )
+        packed, code, scale = _ops.quantize_op(weight.detach(), _amax_tensor(global_amax, weight), *options)
     else:
         packed, code, scale = _ops.run_quantize(weight, global_amax, options)
-    return QuantizedTensor(
-        packed, code.view(torch.float8_e4m3fn), scale, axis % weight.ndim, block_size
-    )
+    return QuantizedTensor(packed, code.view(torch.float8_e4m3fn), scale, axis % weight.ndim, block_size)
 
 
 def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:

@@ -26,9 +26,7 @@ class DeviceSweep:
         self._workspace = self._empty((self._launch.workspace_size(asked),))
         self._given = None if global_amax is None else self._device_amax(global_amax)
         with self._on_device():
-            self._launch.tabulate(
-                self._view, asked, self._workspace, self._given, find_largest=find_largest
-            )
+            self._launch.tabulate(self._view, asked, self._workspace, self._given, find_largest=find_largest)
 
     def sweep(self, *, want_code: bool) -> tuple[Tensor, Tensor]:
         """(amax, code); code is empty unless it is wanted."""
@@ -36,9 +34,7 @@ class DeviceSweep:
         amax = self._empty(shape)
         code = self._empty(shape if want_code else (0,), torch.uint8)
         with self._on_device():
-            self._launch.sweep(
-                self._view, self._problem, self._workspace, amax, code if want_code else None
-            )
+            self._launch.sweep(self._view, self._problem, self._workspace, amax, code if want_code else None)
         return amax, code
 
     def residual(self, code: Tensor) -> Tensor:

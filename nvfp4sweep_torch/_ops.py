@@ -118,9 +118,7 @@ def _operator(run: Any, name: str) -> Any:
     def implementation(weight: Tensor, global_amax: Tensor | None, *options: Any) -> Any:
         return run(weight, global_amax, Options(*options))
 
-    return torch.library.custom_op(
-        f"nvfp4sweep::{name}", implementation, mutates_args=(), schema=schema
-    )
+    return torch.library.custom_op(f"nvfp4sweep::{name}", implementation, mutates_args=(), schema=schema)
 
 
 calibrate_op = _operator(run_calibrate, "calibrate")
@@ -128,13 +126,13 @@ sweep_op = _operator(run_sweep, "sweep")
 quantize_op = _operator(run_quantize, "quantize")
 
 
-@calibrate_op.register_fake  # type: ignore[untyped-decorator]
+@calibrate_op.register_fake
 def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> Tensor:
     asked = Options(*options).problem(weight)
     return weight.new_empty(asked.block_shape, dtype=torch.float32)
 
 
-@sweep_op.register_fake  # type: ignore[untyped-decorator]
+@sweep_op.register_fake
 def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     asked = Options(*options).problem(weight)
     amax = weight.new_empty(asked.block_shape, dtype=torch.float32)
@@ -143,7 +141,7 @@ def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor
     return amax, code, torch.empty_like(amax), shared
 
 
-@quantize_op.register_fake  # type: ignore[untyped-decorator]
+@quantize_op.register_fake
 def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
     asked = Options(*options).problem(weight)
     packed = weight.new_empty(asked.packed_shape, dtype=torch.uint8)

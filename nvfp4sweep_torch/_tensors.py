@@ -20,8 +20,8 @@ def as_weight(weight: Any, name: str = "weight") -> Tensor:
     problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
     if weight.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} is on device {weight.device}: it must be on the CPU or a CUDA device")
-    weight = weight.detach().resolve_neg()
-    return weight.float() if weight.dtype is torch.float64 else weight
+    plain: Tensor = weight.detach().resolve_neg()
+    return plain.float() if plain.dtype is torch.float64 else plain
 
 
 def choose_engine(weight: Tensor, implementation: str | None) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 import nvfp4sweep
 from nvfp4sweep import formats
 from nvfp4sweep_torch._ops import Options, run_calibrate
+from nvfp4sweep_torch._tensors import as_weight
 
 TensorFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -32,7 +33,7 @@ def nvfp4_fp8_scale_sweep(x: Tensor, global_amax: Tensor, block_size: int = form
     Raises:
         As nvfp4sweep_torch.calibrate; and ValueError where global_amax is more than one number.
     """
-    flat = x.reshape(-1) if isinstance(x, Tensor) else x
+    flat = as_weight(x, "x").reshape(-1)
     return run_calibrate(
         flat, _scalar(global_amax, flat), Options(-1, block_size, 0, formats.MIN_CODE, True, None)
     )
@@ -87,8 +88,10 @@ class NVFP4MSECalibrator:
                 f"x has shape {tuple(x.shape)}: it must be [n_blocks, block_size] with "
                 f"n_blocks={self._shape.numel()} as in the initial amax of shape {tuple(self._shape)}"
             )
-        best = nvfp4_fp8_scale_sweep(x, self._global_amax, x.shape[1]) if self._error_func is None else (
-            self._search(x.detach().float(), self._error_func)
+        best = (
+            nvfp4_fp8_scale_sweep(x, self._global_amax, x.shape[1])
+            if self._error_func is None
+            else (self._search(x.detach().float(), self._error_func))
         )
         self._best_amax = best.reshape(self._shape)
 

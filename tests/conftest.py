@@ -34,13 +34,13 @@ Answer = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to reach an answer. quantize gives [packed, scale bytes, global scale]; `rows` suits its speed."""
+    """One way to reach an answer. quantize gives [packed, scale bytes, global scale]."""
 
     name: str
     sweep: Answer
     quantize: Answer
     calibrate: Answer
-    rows: int = 64
+    rows: int = 64  # of a case: what suits its speed
 
     def __str__(self) -> str:
         return self.name

@@ -16,9 +16,7 @@ def test_e4m3_values_are_those_of_ml_dtypes() -> None:
 
 def test_e2m1_values_are_those_of_ml_dtypes() -> None:
     codes = np.arange(8, dtype=np.uint8)
-    np.testing.assert_array_equal(
-        formats.E2M1_VALUES, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    )
+    np.testing.assert_array_equal(formats.E2M1_VALUES, codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64))
 
 
 def test_scale_candidates() -> None:

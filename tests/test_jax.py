@@ -23,9 +23,19 @@ import nvfp4sweep_jax
 from nvfp4sweep import formats
 from nvfp4sweep.problem import make_problem
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax import _call, _xla
+from nvfp4sweep_jax import _call, _eager, _xla
 
 SHAPE = (16, 128)
+
+
+@pytest.fixture
+def on_host():
+    """Arrays are made on the CPU, also where there is a GPU."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
+
+
+needs_host = pytest.mark.usefixtures("on_host")
 
 
 def gaussian(shape=SHAPE, seed=0, dtype=np.float32):
@@ -105,7 +115,7 @@ def test_xla_is_exact_for_any_global_amax(given):
         check_xla_quantize(gaussian((4, 128)) * np.float32(factor), global_amax=given)
 
 
-@pytest.mark.parametrize("min_code", [8, 100, 126])
+@pytest.mark.parametrize("min_code", [8, 100])
 def test_xla_is_exact_for_min_code(min_code):
     check_xla(structured("levels"), min_code=min_code, global_amax=10.5)
 
@@ -156,6 +166,23 @@ def test_exact_objective_is_exact(given):
         s = Fraction(float(scale))
         terms = [(Fraction(float(w)), nearest(Fraction(float(w)), s)) for w in block]
         assert found == sum((q * s) ** 2 - 2 * w * q * s for w, q in terms)
+
+
+def test_error_is_summed_in_order_without_contraction():
+    weight = gaussian((64, 256))
+    problem = make_problem(weight.shape)
+    scale = np.random.default_rng(5).uniform(0.1, 0.5, problem.block_shape).astype(np.float32)
+
+    @jax.jit
+    def error(weight, scale):
+        with jax.enable_x64(True):
+            total = _xla._error(_xla._block_view(weight, problem), scale.astype(jnp.float64), problem)
+            return lax.bitcast_convert_type(total, jnp.uint32)
+
+    magnitude = np.abs(weight.reshape(-1, 16).astype(np.float64))[..., None]
+    residual = magnitude - formats.E2M1_VALUES * scale.reshape(-1, 1, 1).astype(np.float64)
+    expected = np.add.accumulate((residual * residual).min(axis=-1), axis=1)[:, -1]
+    np.testing.assert_array_equal(np.asarray(error(weight, scale)).view(np.float64).ravel(), expected)
 
 
 @pytest.mark.parametrize("factor", [1, 1 / 3, 1e-3])
@@ -222,7 +249,6 @@ def test_jit(axis, dtype):
     weight = gaussian(dtype=dtype)
     expected = nvfp4sweep.sweep(weight, axis=axis)
     same_sweep(jax.jit(partial(nvfp4sweep_jax.sweep, axis=axis))(weight), expected)
-    same(jax.jit(partial(nvfp4sweep_jax.calibrate, axis=axis))(weight), expected.amax)
 
 
 def test_jit_with_traced_global_amax():
@@ -261,6 +287,7 @@ def test_no_64_bit_mode_leaks():
     assert jnp.arange(2.0).dtype == jnp.float32
 
 
+@needs_host
 def test_64_bit_mode_of_the_user():
     weight = gaussian() * np.float32(1e-38)
     wide = weight.astype(np.float64) * (1 + 2.0**-30)
@@ -305,6 +332,7 @@ def test_traced_global_amax_of_several_weights():
 # --- quantize -------------------------------------------------------------------------------------
 
 
+@needs_host
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 def test_quantize_is_the_cores(axis, implementation):
@@ -345,6 +373,7 @@ def test_odd_blocks_cannot_be_packed():
 # --- engines and errors ---------------------------------------------------------------------------
 
 
+@needs_host
 @pytest.mark.parametrize("implementation", [None, "cpu", "xla", "oracle"])
 def test_results_live_with_the_weight(implementation):
     weight = jnp.asarray(gaussian())
@@ -359,6 +388,7 @@ def test_results_live_with_the_weight(implementation):
     assert all(leaf.devices() == weight.devices() for leaf in jax.tree.leaves(quantized))
 
 
+@needs_host
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
 def test_the_host_engine_reads_the_arrays_own_memory(dtype, monkeypatch):
     weight = jnp.asarray(gaussian(), dtype)
@@ -374,6 +404,7 @@ def test_the_host_engine_reads_the_arrays_own_memory(dtype, monkeypatch):
     assert pointers == [weight.unsafe_buffer_pointer()]
 
 
+@needs_host
 def test_the_environment_names_the_engine(monkeypatch):
     engines = []
     choose = _call._choose_engine
@@ -400,9 +431,28 @@ def test_engines_that_cannot_serve():
         nvfp4sweep_jax.calibrate(weight, implementation="fast")
 
 
-def test_arrays_of_other_kinds():
-    import torch
+def test_triton_takes_arrays_through_torch():
+    """On CUDA, or on the CPU in Triton's interpreter."""
+    device = jax.devices()[0]
+    if reason := _eager.why_not_triton(device):
+        pytest.skip(f"triton cannot serve {device}: {reason}")
+    with np.errstate(all="ignore"):  # the interpreter computes with NumPy, overflow included
+        weight = gaussian((2, 4, 32)).astype(ml_dtypes.bfloat16)
+        for options in ({}, {"axis": 2, "batch_dims": 1, "global_amax": [5.25, 0]}):
+            expected = nvfp4sweep.sweep(weight, **options)
+            array = jnp.asarray(weight)
+            same_sweep(nvfp4sweep_jax.sweep(array, implementation="triton", **options), expected)
+            same(nvfp4sweep_jax.calibrate(array, implementation="triton", **options), expected.amax)
+            quantized = nvfp4sweep_jax.quantize(array, implementation="triton", **options)
+            same_quantized(quantized, nvfp4sweep.quantize(weight, **options))
+            assert quantized.packed.devices() == {device}
+        weight[1, 2, 3] = np.inf
+        with pytest.raises(ValueError, match=r"^weight\[1, 2, 3\] is inf"):
+            nvfp4sweep_jax.calibrate(jnp.asarray(weight), implementation="triton")
 
+
+def test_arrays_of_other_kinds():
+    torch = pytest.importorskip("torch")
     for function in (nvfp4sweep_jax.calibrate, nvfp4sweep_jax.global_amax):
         with pytest.raises(
             TypeError, match="a PyTorch tensor, and a JAX array is needed here: use nvfp4sweep_torch"
@@ -418,6 +468,7 @@ def test_arrays_of_other_kinds():
             function(jnp.ones((2, 16), jnp.int32))
 
 
+@needs_host
 @pytest.mark.parametrize("implementation", ["cpu", "xla", "oracle"])
 @pytest.mark.parametrize("given", [None, 3.0])
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -432,6 +483,7 @@ def test_elements_that_are_not_finite(implementation, given, value):
         nvfp4sweep_jax.global_amax(jnp.asarray(weight))
 
 
+@needs_host
 def test_other_errors_are_the_cores():
     weight = jnp.ones((2, 32))
     for options, error, message in [

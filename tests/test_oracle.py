@@ -9,7 +9,6 @@ from cases import CASES, Case, blocks_over_decades, from_levels, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import nvfp4sweep
 from nvfp4sweep import formats, oracle
 from nvfp4sweep.window import (
     FIRST_UNDOUBLED_CODE,

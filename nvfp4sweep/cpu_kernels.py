@@ -1,0 +1,472 @@
+"""The CPU engine's kernels, in Numba: one block in each vector lane.
+
+A tile holds LANES blocks transposed to [element, lane]. The window (window.py) is walked code by code,
+each lane at its own code, with float32 errors; what their proven margin cannot separate is compared
+exactly. float16 and bfloat16 are read as bits and widened in the tile, so the weight is never copied.
+
+A weight arrives as flat bits (uint32 or uint16) of [groups, block_size, inner] in C order: block b is
+element b % inner of group b // inner, and its elements lie `inner` apart.
+
+All kernels are in this one file because Numba's cache on disk follows the file of the function called:
+a change elsewhere would not reach a cached caller.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from nvfp4sweep import formats
+from nvfp4sweep.window import FIRST_UNDOUBLED_CODE
+
+LANES = 32
+_UNROLL = 8
+
+# The nearest E2M1 point to y by one rounding: subtracting y from an m whose unit in the last place is
+# the step wanted at y (.5 to 2, 1 to 4, 2 to 6) rounds y to that step. m = 2^22 (1.1 + .186 y^2) enters
+# its next binade at y = 2.2 and y = 3.95, where both steps give the same point.
+_ROUNDER_BASE = np.float32(2**22 * 1.1)
+_ROUNDER_SLOPE = np.float32(2**22 * 0.186)
+# Where y may exceed 6 the rounder stops in the binade of step 4, so that no y rounds to 0.
+_ROUNDER_CEILING = np.float32(2**25 * 1.5)
+
+_INF_BITS = np.uint32(0x7F800000)
+_FLOAT16_INF_BITS = np.uint32(0x7C00)
+# A float16 widened by shifting its bits alone is too small by this factor.
+_FLOAT16_REBIAS = np.float32(2.0**112)
+_E4M3_FROM_FLOAT32 = np.int32(120 << 3)  # float32 bits >> 20, less this, are E4M3 bits
+_SMALLEST_NORMAL_E4M3 = np.float32(2.0**-6)
+_VELTKAMP = 2.0**27 + 1
+
+_GRID = formats.E2M1_VALUES
+_MIDPOINTS = formats.E2M1_MIDPOINTS
+
+
+def _jit(*arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
+    return numba.njit(*arguments, nogil=True, cache=True, error_model="numpy", **options)
+
+
+@intrinsic
+def _fma(typingctx, a, b, c):
+    """a * b + c rounded once, whatever the compiler's flags."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), codegen
+
+
+@intrinsic
+def _at(typingctx, array, index):
+    """array.flat[index] of a C-contiguous array: unlike array[...] it has no negative indices.
+
+    With them the compiler cannot see consecutive lanes, and the sweep takes four times as long.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        return builder.load(builder.gep(data, [arguments[1]]))
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def _put(typingctx, array, index, value):
+    """array.flat[index] = value, as _at reads."""
+
+    def codegen(context, builder, signature, arguments):
+        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
+        builder.store(arguments[2], builder.gep(data, [arguments[1]]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+@intrinsic
+def _select(typingctx, condition, a, b):
+    """a if condition else b, without the branch that keeps a loop from being vectorised."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.select(*arguments)
+
+    return a(types.boolean, a, a), codegen
+
+
+@_jit(inline="always")
+def _smaller(a, b):
+    return _select(a < b, a, b)
+
+
+@_jit(inline="always")
+def _larger(a, b):
+    return _select(a > b, a, b)
+
+
+# --- float32: one candidate for every lane --------------------------------------------------------
+
+
+@_jit(inline="always")
+def _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
+    """errors[lane] += squared error at the lane's scale, which clips nothing (6 s >= M)."""
+    for base in range(0, tile.size, _UNROLL * LANES):
+        for lane in range(LANES):
+            error = errors[lane]
+            for i in range(_UNROLL):
+                w = _at(tile, base + i * LANES + lane)
+                square = _at(squares, base + i * LANES + lane)
+                rounder = _fma(square, slope[lane], _ROUNDER_BASE)
+                q = rounder - _fma(w, negative_inverse[lane], rounder)
+                residual = _fma(q, negative_scale[lane], w)
+                error = _fma(residual, residual, error)
+            errors[lane] = error
+
+
+@_jit(inline="always")
+def _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
+    """The same for scales that may clip."""
+    for base in range(0, tile.size, _UNROLL * LANES):
+        for lane in range(LANES):
+            error = errors[lane]
+            for i in range(_UNROLL):
+                w = _at(tile, base + i * LANES + lane)
+                square = _at(squares, base + i * LANES + lane)
+                rounder = _smaller(_fma(square, slope[lane], _ROUNDER_BASE), _ROUNDER_CEILING)
+                q = _smaller(rounder - _fma(w, negative_inverse[lane], rounder), np.float32(6))
+                residual = _fma(q, negative_scale[lane], w)
+                error = _fma(residual, residual, error)
+            errors[lane] = error
+
+
+# --- exact comparison (window.py, theorem 5) ------------------------------------------------------
+
+
+@_jit(inline="always")
+def _two_sum(a, b):
+    total = a + b
+    virtual = total - a
+    return total, (a - (total - virtual)) + (b - virtual)
+
+
+@_jit(inline="always")
+def _two_product(a, b):
+    product = a * b
+    t = _VELTKAMP * a
+    a_high = t - (t - a)
+    a_low = a - a_high
+    t = _VELTKAMP * b
+    b_high = t - (t - b)
+    b_low = b - b_high
+    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
+
+
+@_jit()
+def _exact_objective(tile, lane, block_size, scale):
+    """s^2 B - 2 s A as a float64 pair: the error less its constant part."""
+    a_high, a_low, b = 0.0, 0.0, 0.0
+    for i in range(block_size):
+        w = np.float64(tile[i, lane])
+        q = 0.0
+        for step in range(7):
+            if w > _MIDPOINTS[step] * scale:
+                q = _GRID[step + 1]
+        a_high, carry = _two_sum(a_high, w * q)
+        a_low += carry
+        b += q * q
+    f_high, f_low = _two_product(scale * scale, b)  # scale has 24 bits: its square is exact
+    g_high, g_low = _two_product(-2.0 * scale, a_high)
+    high, carry = _two_sum(f_high, g_high)
+    return _two_sum(high, ((f_low + g_low) + carry) - 2.0 * scale * a_low)
+
+
+@_jit()
+def _settle(tile, lane, block_size, scales, first, last, errors, limit):
+    """The lowest code of first .. last with the least exact error, among those within the limit."""
+    best = np.int32(first)
+    best_high, best_low = np.inf, np.inf
+    for code in range(first, last + 1):
+        if errors[code - first, lane] > limit:
+            continue
+        high, low = _exact_objective(tile, lane, block_size, np.float64(scales[code]))
+        if high < best_high or (high == best_high and low < best_low):
+            best, best_high, best_low = np.int32(code), high, low
+    return best
+
+
+# --- one tile -------------------------------------------------------------------------------------
+
+
+@_jit()
+def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits):
+    """tile[i, lane] = |w|, and 0 in lanes without a block."""
+    half = bits.itemsize == 2
+    mask = np.uint32(0x7FFF) if half else np.uint32(0x7FFFFFFF)
+    shift = np.uint32(0)
+    if half:
+        shift = np.uint32(13) if is_float16 else np.uint32(16)
+    column = first_block % inner
+    start = first_block // inner * block_size * inner + column
+    if inner == 1:
+        for lane in range(lanes):
+            for i in range(block_size):
+                tile_bits[i, lane] = np.uint32(bits[start + lane * block_size + i]) & mask
+    elif column + lanes <= inner:
+        for i in range(block_size):
+            for lane in range(lanes):
+                tile_bits[i, lane] = np.uint32(bits[start + i * inner + lane]) & mask
+    else:
+        for lane in range(lanes):
+            block = first_block + lane
+            start = block // inner * block_size * inner + block % inner
+            for i in range(block_size):
+                tile_bits[i, lane] = np.uint32(bits[start + i * inner]) & mask
+    if lanes < LANES:
+        tile_bits[:block_size, lanes:] = np.uint32(0)
+    if half:
+        for i in range(block_size):
+            if is_float16:
+                for lane in range(LANES):
+                    infinite = tile_bits[i, lane] >= _FLOAT16_INF_BITS
+                    tile_bits[i, lane] <<= shift
+                    tile[i, lane] *= _FLOAT16_REBIAS
+                    if infinite:
+                        tile_bits[i, lane] = _INF_BITS
+            else:
+                for lane in range(LANES):
+                    tile_bits[i, lane] <<= shift
+
+
+@_jit(inline="always")
+def _code_at_least(value, value_bits):
+    """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
+    uniform = np.int32(np.ceil(_smaller(value, _SMALLEST_NORMAL_E4M3) * np.float32(512)))
+    normal = np.int32(np.int32((value_bits + np.uint32(0xFFFFF)) >> np.uint32(20)) - _E4M3_FROM_FLOAT32)
+    return _select(value < _SMALLEST_NORMAL_E4M3, uniform, normal)
+
+
+@_jit()
+def _search(
+    tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only, scratch, errors, codes
+):
+    """codes[lane] = the answer for each lane's block; scratch is float32 [9, LANES]."""
+    scales, negative_scales = tables[0], tables[1]
+    lower, upper, relative_margin, absolute_margin = factors
+    peak, x, y = scratch[0], scratch[1], scratch[2]
+    slope, negative_inverse, negative_scale = scratch[3], scratch[4], scratch[5]
+    x_bits, y_bits = x.view(np.uint32), y.view(np.uint32)
+    first, last = scratch[6].view(np.int32), scratch[7].view(np.int32)
+    if exact_only:
+        errors[: formats.MAX_CODE] = np.float32(0)
+        for lane in range(LANES):
+            codes[lane] = _settle(
+                tile, lane, block_size, scales, min_code, formats.MAX_CODE, errors, np.float32(0)
+            )
+        return
+
+    peak[:] = np.float32(0)
+    for base in range(0, tile.size, LANES):
+        for lane in range(LANES):
+            w = _at(tile, base + lane)
+            _put(squares, base + lane, w * w)
+            peak[lane] = _larger(w, peak[lane])
+    least_peak = np.float32(0.25) * scales[min_code]  # theorem 3
+    for lane in range(LANES):
+        x[lane] = peak[lane] * lower
+        y[lane] = peak[lane] * upper
+    count = np.int32(1)
+    for lane in range(LANES):
+        low = _smaller(_code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
+        high = _larger(np.int32(_code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
+        trivial = peak[lane] <= least_peak
+        first[lane] = _select(trivial, min_code, _larger(low, min_code))
+        last[lane] = _select(trivial, min_code, _smaller(high, np.int32(formats.MAX_CODE)))
+        count = _larger(np.int32(last[lane] - first[lane] + np.int32(1)), count)
+
+    for j in range(count):
+        clipping = np.int32(0)
+        for lane in range(LANES):
+            code = _smaller(np.int32(first[lane] + np.int32(j)), np.int32(formats.MAX_CODE))
+            negative_scale[lane] = _at(negative_scales, np.intp(code))
+        for lane in range(LANES):
+            inverse = np.float32(1) / negative_scale[lane]
+            negative_inverse[lane] = inverse
+            slope[lane] = inverse * inverse * _ROUNDER_SLOPE
+            clips = peak[lane] + np.float32(6) * negative_scale[lane] > np.float32(0)
+            clipping += _select(clips, np.int32(1), np.int32(0))
+            errors[j, lane] = np.float32(0)
+        if clipping > 0:
+            _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, errors[j])
+        else:
+            _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, errors[j])
+
+    least, limit = scratch[3], scratch[4]
+    near = scratch[8].view(np.int32)
+    for lane in range(LANES):
+        least[lane] = errors[0, lane]
+        codes[lane] = first[lane]
+        near[lane] = np.int32(0)
+    for j in range(1, count):
+        for lane in range(LANES):
+            better = (errors[j, lane] < least[lane]) & (first[lane] + j <= last[lane])
+            least[lane] = _select(better, errors[j, lane], least[lane])
+            codes[lane] = _select(better, np.int32(first[lane] + np.int32(j)), codes[lane])
+    for lane in range(LANES):
+        limit[lane] = least[lane] * (np.float32(1) + relative_margin) + absolute_margin
+    for j in range(count):
+        for lane in range(LANES):
+            # Written so that a NaN, from overflow in float32, counts as near.
+            apart = (errors[j, lane] > limit[lane]) | (first[lane] + j > last[lane])
+            near[lane] += _select(apart, np.int32(0), np.int32(1))
+    for lane in range(LANES):
+        if near[lane] > 1:
+            codes[lane] = _settle(
+                tile, lane, block_size, scales, first[lane], last[lane], errors, limit[lane]
+            )
+
+
+@_jit(inline="always")
+def _error(tile, lane, block_size, scale):
+    """The squared error, summed in float64 element by element, as the oracle does."""
+    total = 0.0
+    for i in range(block_size):
+        w = np.float64(tile[i, lane])
+        least = w * w
+        for step in range(1, 8):
+            residual = w - _GRID[step] * scale
+            least = min(least, residual * residual)
+        total += least
+    return np.float32(total)
+
+
+# --- a range of blocks ----------------------------------------------------------------------------
+
+
+def _range_signature(bits: types.Type) -> types.Type:
+    floats = types.float32
+    return types.uint32(
+        types.Array(bits, 1, "C", readonly=True),
+        types.boolean,  # is_float16
+        types.intp,  # block_size
+        types.intp,  # inner
+        types.intp,  # start
+        types.intp,  # stop
+        types.Array(floats, 2, "C"),  # tables
+        types.UniTuple(floats, 4),  # factors
+        types.int32,  # min_code
+        types.int32,  # last_unhalved
+        types.boolean,  # exact_only
+        types.Array(floats, 1, "C"),  # amax
+        types.Array(types.uint8, 1, "C"),  # code
+        types.Array(floats, 1, "C"),  # error
+    )
+
+
+@_jit([_range_signature(types.uint32), _range_signature(types.uint16)])
+def sweep_range(
+    bits,
+    is_float16,
+    block_size,
+    inner,
+    start,
+    stop,
+    tables,
+    factors,
+    min_code,
+    last_unhalved,
+    exact_only,
+    amax,
+    code,
+    error,
+):
+    """Search the blocks start .. stop and write the outputs that are not empty arrays.
+
+    Returns the largest bit pattern of any |w|: at least that of infinity if one was not finite.
+    """
+    padded = (block_size + _UNROLL - 1) // _UNROLL * _UNROLL  # zeros add nothing to any error
+    tile = np.zeros((padded, LANES), np.float32)
+    tile_bits = tile.view(np.uint32)
+    squares = np.empty_like(tile)
+    scratch = np.empty((9, LANES), np.float32)
+    errors = np.empty((formats.MAX_CODE, LANES), np.float32)
+    codes = np.empty(LANES, np.int32)
+    largest = np.uint32(0)
+    for first_block in range(start, stop, LANES):
+        lanes = min(LANES, stop - first_block)
+        _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
+        for i in range(block_size):
+            for lane in range(LANES):
+                largest = max(largest, tile_bits[i, lane])
+        _search(
+            tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only,
+            scratch, errors, codes,
+        )  # fmt: skip
+        if amax.size > 0:
+            for lane in range(lanes):
+                amax[first_block + lane] = tables[2, codes[lane]]
+        if code.size > 0:
+            for lane in range(lanes):
+                code[first_block + lane] = np.uint8(codes[lane])
+        if error.size > 0:
+            for lane in range(lanes):
+                error[first_block + lane] = _error(tile, lane, block_size, np.float64(tables[0, codes[lane]]))
+    return largest
+
+
+@_jit(
+    [
+        types.void(
+            types.Array(bits, 1, "C", readonly=True),
+            types.boolean,
+            types.intp,
+            types.intp,
+            types.intp,
+            types.intp,
+            types.Array(types.float32, 1, "C"),
+            types.Array(types.uint8, 1, "C"),
+            types.Array(types.uint8, 1, "C"),
+        )
+        for bits in (types.uint32, types.uint16)
+    ]
+)
+def pack_range(bits, is_float16, block_size, inner, start, stop, scales, code, packed):
+    """Write the E2M1 codes of the blocks start .. stop, two a byte, as packing.encode defines them."""
+    sign_shift = np.uint32(8 * bits.itemsize - 1)
+    tile = np.zeros((block_size, LANES), np.float32)
+    tile_bits = tile.view(np.uint32)
+    nibbles = np.empty((block_size, LANES), np.uint8)
+    for first_block in range(start, stop, LANES):
+        lanes = min(LANES, stop - first_block)
+        _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
+        for lane in range(lanes):
+            scale = np.float64(scales[code[first_block + lane]])
+            for i in range(block_size):
+                w = np.float64(tile[i, lane])
+                nibble = 0
+                for step in range(7):
+                    edge = _MIDPOINTS[step] * scale
+                    nibble += w >= edge if step & 1 else w > edge
+                nibbles[i, lane] = nibble if scale > 0 else 0
+        for lane in range(lanes):
+            block = first_block + lane
+            group, column = block // inner * block_size, block % inner
+            for i in range(0, block_size, 2):
+                low = np.uint32(bits[(group + i) * inner + column]) >> sign_shift
+                high = np.uint32(bits[(group + i + 1) * inner + column]) >> sign_shift
+                packed[(group + i) // 2 * inner + column] = (
+                    nibbles[i, lane] | low << 3 | nibbles[i + 1, lane] << 4 | high << 7
+                )
+
+
+@_jit(
+    [
+        types.uint32(types.Array(bits, 1, "C", readonly=True), types.uint32)
+        for bits in (types.uint32, types.uint16)
+    ]
+)
+def largest_bits(bits, mask):
+    largest = np.uint32(0)
+    for i in range(bits.size):
+        largest = max(largest, np.uint32(bits[i]) & mask)
+    return largest

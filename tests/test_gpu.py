@@ -1,0 +1,171 @@
+"""What only a CUDA device can show: streams, graphs, threads, devices, memory and sizes."""
+
+import threading
+
+import numpy as np
+import pytest
+from conftest import CUDA
+
+import nvfp4sweep
+
+pytestmark = pytest.mark.gpu
+
+if CUDA:
+    import torch
+
+    import nvfp4sweep_torch as nt
+
+
+@pytest.fixture(scope="module")
+def weight():  # type: ignore[no-untyped-def]
+    return torch.randn(512, 1024, generator=torch.Generator().manual_seed(0)).cuda()
+
+
+@pytest.fixture(scope="module")
+def expected(weight):  # type: ignore[no-untyped-def]
+    return torch.from_numpy(nvfp4sweep.sweep(weight.cpu().numpy(), implementation="oracle").code).cuda()
+
+
+def test_result_lives_with_the_weight(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    found = nt.sweep(weight)
+    assert all(t.device == weight.device for t in found)
+    assert torch.equal(found.code, expected)
+    assert torch.equal(nt.sweep(weight, implementation="oracle").code, expected)
+
+
+def test_unaligned_view(weight) -> None:  # type: ignore[no-untyped-def]
+    view = weight.reshape(-1)[1:-15].reshape(-1, 16)
+    assert torch.equal(nt.sweep(view).code, nt.sweep(view.clone()).code)
+
+
+def test_side_stream(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    """The launches follow what the current stream holds: here a slow fill of the weight."""
+    target = torch.full_like(weight, 1.0)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        target.copy_(weight)
+        found = nt.sweep(target, check_finite=False)
+        code = found.code.clone()
+    stream.synchronize()
+    assert torch.equal(code, expected)
+
+
+def test_graph_capture(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    static = torch.zeros_like(weight)
+    nt.sweep(static, check_finite=False)  # compile before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = nt.sweep(static, check_finite=False)
+    static.copy_(weight)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found.code, expected)
+    assert found.global_amax == weight.abs().max()
+
+
+def test_two_threads(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    results = {}
+
+    def work(name: int) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            results[name] = [nt.sweep(weight).code for _ in range(20)]
+            torch.cuda.current_stream().synchronize()
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(code, expected) for codes in results.values() for code in codes)
+
+
+def test_second_device(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one CUDA device")
+    found = nt.sweep(weight.to("cuda:1"))
+    assert found.code.device == torch.device("cuda:1")
+    assert torch.equal(found.code.cpu(), expected.cpu())
+    assert torch.cuda.current_device() == 0
+
+
+def test_extra_memory(weight) -> None:  # type: ignore[no-untyped-def]
+    nt.calibrate(weight)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    amax = nt.calibrate(weight)
+    assert torch.cuda.max_memory_allocated() - before - amax.nbytes < 1 << 20
+
+
+def test_not_finite(weight) -> None:  # type: ignore[no-untyped-def]
+    bad = weight.clone()
+    bad[3, 7] = float("nan")
+    for options in ({}, {"global_amax": 1.0}):
+        with pytest.raises(ValueError, match=r"weight\[3, 7\] is nan"):
+            nt.calibrate(bad, **options)
+    with pytest.raises(ValueError, match=r"weight\[3, 7\] is nan"):
+        nt.global_amax(bad)
+    nt.calibrate(bad, check_finite=False)
+
+
+def test_bad_amax(weight) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match="global_amax is -1"):
+        nt.calibrate(weight, global_amax=torch.tensor(-1.0, device="cuda"))
+    with pytest.raises(ValueError, match="global_amax is on device cpu"):
+        nt.calibrate(weight, global_amax=torch.tensor(1.0))
+    with pytest.raises(ValueError, match="cannot serve a tensor on cuda"):
+        nt.calibrate(weight, implementation="cpu")
+
+
+def test_compile(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    compiled = torch.compile(lambda w: nt.sweep(w).code, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(weight), expected)
+
+
+def test_calibrator_and_drop_ins(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    blocks = weight.reshape(-1, 16)
+    calibrator = nt.NVFP4MSECalibrator(blocks.abs().amax(dim=1), weight.abs().max())
+    calibrator.collect(blocks)
+    assert torch.equal(calibrator.compute_amax(), nt.calibrate(weight).reshape(-1))
+    assert calibrator.compute_amax().device == weight.device
+    assert nt.fp8_scale_candidates("cuda").device.type == "cuda"
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    """bfloat16 [9, 16384, 16384] = 2.4e9 elements; the oracle judges blocks at both ends."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("less than 12 GiB of free device memory")
+    big = torch.empty(9, 16384, 16384, dtype=torch.bfloat16, device="cuda").normal_()
+    amax = nt.global_amax(big)
+    found = nt.sweep(big, global_amax=amax, check_finite=False)
+    for matrix, rows in ((0, slice(0, 4)), (8, slice(-4, None)), (8, slice(8190, 8194))):
+        sample = big[matrix, rows].float().cpu().numpy()
+        judged = nvfp4sweep.sweep(sample, global_amax=amax.item(), implementation="oracle")
+        np.testing.assert_array_equal(found.code[matrix, rows].cpu().numpy(), judged.code)
+        np.testing.assert_array_equal(found.error[matrix, rows].cpu().numpy(), judged.error)
+
+
+def test_jax_on_the_device(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    jax = pytest.importorskip("jax")
+    import nvfp4sweep_jax
+
+    array = jax.device_put(weight.cpu().numpy(), jax.devices("cuda")[0])
+    for found in (nvfp4sweep_jax.sweep(array), jax.jit(nvfp4sweep_jax.sweep)(array)):
+        assert found.code.devices() == array.devices()
+        np.testing.assert_array_equal(np.asarray(found.code), expected.cpu().numpy())
+
+
+def test_jax_arrays_die_safely(weight, expected) -> None:  # type: ignore[no-untyped-def]
+    """Arrays freed right after the call: memory must not be reused while the kernel still reads it."""
+    jax = pytest.importorskip("jax")
+    import nvfp4sweep_jax
+
+    host = weight.cpu().numpy()
+    codes = []
+    for _ in range(20):
+        array = jax.device_put(host, jax.devices("cuda")[0])
+        codes.append(nvfp4sweep_jax.sweep(array).code)
+        del array
+        jax.device_put(np.full_like(host, 7.0), jax.devices("cuda")[0]) * 2
+    assert all(np.array_equal(np.asarray(code), expected.cpu().numpy()) for code in codes)
