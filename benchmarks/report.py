@@ -1,7 +1,7 @@
 """docs/benchmarks.md from the ledger: nothing in it is typed by hand.
 
-    python -m benchmarks.report            write it
-    python -m benchmarks.report --check    exit code 1 if it is not what the ledger gives
+python -m benchmarks.report            write it
+python -m benchmarks.report --check    exit code 1 if it is not what the ledger gives
 """
 
 import sys
@@ -53,7 +53,9 @@ def _cuda(entry: dict[str, Any]) -> str:
     lines += ["Wall time, launches and the wait included:", "", *_table(entry, dtypes, "wall", _MEANING), ""]
     for dtype in dtypes:
         row = entry[dtype]
-        text = f"- {dtype}: {row['blocks_equal_to_oracle']:,} of {row['blocks_equal_to_oracle']:,} blocks equal"
+        text = (
+            f"- {dtype}: {row['blocks_equal_to_oracle']:,} of {row['blocks_equal_to_oracle']:,} blocks equal"
+        )
         text += f" the oracle's; peak memory beyond weight and result {row['peak_extra_bytes']:,} bytes"
         if "modelopt_over_sweep" in row:
             text += f"; the sweep is {row['modelopt_over_sweep']} times faster than ModelOpt's, whose answer"
@@ -71,15 +73,14 @@ def _cpu(entry: dict[str, Any]) -> str:
         f"- float32: the oracle takes {row['oracle_s']} s, {row['oracle_over_calibrate']} times as long as"
         f" `calibrate`; `calibrate` takes {row['calibrate_over_abs_max']} times as long as"
         f" `np.abs(weight).max()`.",
-        f"- Peak memory beyond weight and result: {100 * entry['extra_memory_fraction']:.1f} % of the weight.",
+        f"- Peak memory beyond weight and result:"
+        f" {100 * entry['extra_memory_fraction']:.1f} % of the weight.",
         f"- `import nvfp4sweep` adds {entry['import_s']} s to Python's start.",
     ]
     return "\n".join([*lines, ""])
 
 
-def _table(
-    entry: dict[str, Any], dtypes: tuple[str, ...], group: str, meaning: dict[str, str]
-) -> list[str]:
+def _table(entry: dict[str, Any], dtypes: tuple[str, ...], group: str, meaning: dict[str, str]) -> list[str]:
     names = [name for name in meaning if name in entry[dtypes[0]][group]]
     lines = [f"| what | {' | '.join(f'{d}, ms' for d in dtypes)} |", "|---" * (1 + len(dtypes)) + "|"]
     for name in names:
