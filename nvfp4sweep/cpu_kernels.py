@@ -20,7 +20,12 @@ from numba import types
 from numba.extending import intrinsic
 
 from nvfp4sweep import formats
-from nvfp4sweep.window import FIRST_UNDOUBLED_CODE
+from nvfp4sweep.window import (
+    FIRST_UNDOUBLED_CODE,
+    GREATEST_FLOAT32_PEAK,
+    LEAST_FLOAT32_PEAK,
+    LEAST_FLOAT32_SCALE,
+)
 
 LANES = 32
 _UNROLL = 8
@@ -33,8 +38,12 @@ _ROUNDER_SLOPE = np.float32(2**22 * 0.186)
 # Where y may exceed 6 the rounder stops in the binade of step 4, so that no y rounds to 0.
 _ROUNDER_CEILING = np.float32(2**25 * 1.5)
 
+_LEAST_PEAK = np.float32(LEAST_FLOAT32_PEAK)
+_GREATEST_PEAK = np.float32(GREATEST_FLOAT32_PEAK)
+_LEAST_SCALE = np.float32(LEAST_FLOAT32_SCALE)
+
 _INF_BITS = np.uint32(0x7F800000)
-_FLOAT16_INF_BITS = np.uint32(0x7C00)
+_FLOAT16_INF_BITS = np.uint32(0x7C00 << 13)  # once shifted to a float32's place
 # A float16 widened by shifting its bits alone is too small by this factor.
 _FLOAT16_REBIAS = np.float32(2.0**112)
 _E4M3_FROM_FLOAT32 = np.int32(120 << 3)  # float32 bits >> 20, less this, are E4M3 bits
@@ -201,41 +210,37 @@ def _settle(tile, lane, block_size, scales, first, last, errors, limit):
 @_jit()
 def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits):
     """tile[i, lane] = |w|, and 0 in lanes without a block."""
-    half = bits.itemsize == 2
-    mask = np.uint32(0x7FFF) if half else np.uint32(0x7FFFFFFF)
-    shift = np.uint32(0)
-    if half:
+    mask = np.uint32(0x7FFF) if bits.itemsize == 2 else np.uint32(0x7FFFFFFF)
+    shift = np.uint32(0)  # to a float32's place for the exponent
+    if bits.itemsize == 2:
         shift = np.uint32(13) if is_float16 else np.uint32(16)
     column = first_block % inner
     start = first_block // inner * block_size * inner + column
     if inner == 1:
         for lane in range(lanes):
             for i in range(block_size):
-                tile_bits[i, lane] = np.uint32(bits[start + lane * block_size + i]) & mask
+                w = np.uint32(_at(bits, start + lane * block_size + i))
+                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     elif column + lanes <= inner:
         for i in range(block_size):
             for lane in range(lanes):
-                tile_bits[i, lane] = np.uint32(bits[start + i * inner + lane]) & mask
+                w = np.uint32(_at(bits, start + i * inner + lane))
+                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     else:
         for lane in range(lanes):
             block = first_block + lane
             start = block // inner * block_size * inner + block % inner
             for i in range(block_size):
-                tile_bits[i, lane] = np.uint32(bits[start + i * inner]) & mask
+                w = np.uint32(_at(bits, start + i * inner))
+                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     if lanes < LANES:
         tile_bits[:block_size, lanes:] = np.uint32(0)
-    if half:
-        for i in range(block_size):
-            if is_float16:
-                for lane in range(LANES):
-                    infinite = tile_bits[i, lane] >= _FLOAT16_INF_BITS
-                    tile_bits[i, lane] <<= shift
-                    tile[i, lane] *= _FLOAT16_REBIAS
-                    if infinite:
-                        tile_bits[i, lane] = _INF_BITS
-            else:
-                for lane in range(LANES):
-                    tile_bits[i, lane] <<= shift
+    if is_float16:
+        for i in range(block_size * LANES):
+            widened = _at(tile_bits, i)
+            _put(tile, i, np.float32(_at(tile, i) * _FLOAT16_REBIAS))
+            if widened >= _FLOAT16_INF_BITS:
+                _put(tile_bits, i, _INF_BITS)
 
 
 @_jit(inline="always")
@@ -285,6 +290,7 @@ def _search(
         count = _larger(np.int32(last[lane] - first[lane] + np.int32(1)), count)
 
     for j in range(count):
+        row = errors[j]
         clipping = np.int32(0)
         for lane in range(LANES):
             code = _smaller(np.int32(first[lane] + np.int32(j)), np.int32(formats.MAX_CODE))
@@ -295,11 +301,11 @@ def _search(
             slope[lane] = inverse * inverse * _ROUNDER_SLOPE
             clips = peak[lane] + np.float32(6) * negative_scale[lane] > np.float32(0)
             clipping += _select(clips, np.int32(1), np.int32(0))
-            errors[j, lane] = np.float32(0)
+            row[lane] = np.float32(0)
         if clipping > 0:
-            _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, errors[j])
+            _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, row)
         else:
-            _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, errors[j])
+            _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, row)
 
     least, limit = scratch[3], scratch[4]
     near = scratch[8].view(np.int32)
@@ -308,16 +314,25 @@ def _search(
         codes[lane] = first[lane]
         near[lane] = np.int32(0)
     for j in range(1, count):
+        row = errors[j]
         for lane in range(LANES):
-            better = (errors[j, lane] < least[lane]) & (first[lane] + j <= last[lane])
-            least[lane] = _select(better, errors[j, lane], least[lane])
-            codes[lane] = _select(better, np.int32(first[lane] + np.int32(j)), codes[lane])
+            code = np.int32(first[lane] + np.int32(j))
+            better = (row[lane] < least[lane]) & (code <= last[lane])
+            least[lane] = _select(better, row[lane], least[lane])
+            codes[lane] = _select(better, code, codes[lane])
     for lane in range(LANES):
-        limit[lane] = least[lane] * (np.float32(1) + relative_margin) + absolute_margin
+        in_range = (
+            (peak[lane] >= _LEAST_PEAK)
+            & (peak[lane] <= _GREATEST_PEAK)
+            & (_at(scales, np.intp(first[lane])) >= _LEAST_SCALE)
+        )
+        bound = least[lane] * (np.float32(1) + relative_margin) + absolute_margin
+        limit[lane] = _select(in_range, bound, np.float32(np.inf))
     for j in range(count):
+        row = errors[j]
         for lane in range(LANES):
             # Written so that a NaN, from overflow in float32, counts as near.
-            apart = (errors[j, lane] > limit[lane]) | (first[lane] + j > last[lane])
+            apart = (row[lane] > limit[lane]) | (np.int32(first[lane] + np.int32(j)) > last[lane])
             near[lane] += _select(apart, np.int32(0), np.int32(1))
     for lane in range(LANES):
         if near[lane] > 1:

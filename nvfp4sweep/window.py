@@ -26,18 +26,20 @@ M > (7 + (n - 1) / 16) s[k]. Then e(s[d]) < e(s[k]), so k is not the answer.
 Theorem 3 (blocks too small to matter). If M <= s[min_code] / 4 every element rounds to 0 at every
 code, all errors equal sum w^2, and the answer is min_code.
 
-Theorem 4 (float32 margin). Let u = 2^-24. Compute q by one fused rounding of |w| (1 / s) to the step of
+Theorem 4 (float32 margin). Let u = 2^-24, 2^-45 <= M <= 2^60 and s >= 2^-50. Compute q by one fused rounding of |w| (1 / s) to the step of
 its binade, r = fma(q, -s, |w|) and e by a chain (or any tree) of fma(r, r, e). Then
 |computed - e| <= (n + 32) u e + n 2^-124.
     Proof. s is a float32 by definition, so r is one rounding of the true residual: relative error u in
-    r, 2u in r^2, and at most n u from summation. The rounding of 1 / s moves |w| / s by a relative
-    2u at most, so q is a nearest point unless y = |w| / s lies within 2u y of a midpoint; then the
-    residual of the chosen neighbour exceeds the least one h s (h half the gap) by at most 4 u y s, and
-    its square by a factor 1 + 4 u y / h to first order, where y / h <= 7 at every midpoint: 28 u. The
-    absolute term covers results below float32's normal range, flushed to zero or not, in up to two
-    operations an element.
+    r, 2u in r^2, and at most n u from summation. The rounding of 1 / s moves y = |w| / s by a relative
+    u, so q is a nearest point unless y lies within u y of a midpoint; then the two residuals are
+    (h + u y) s and (h - u y) s at most and at least (h half the gap), and their squares differ by a factor
+    1 + 4 u y / h to first order, where y / h <= 7 at every midpoint: 28 u. The absolute term covers
+    results below float32's normal range, flushed to zero or not, in up to two operations an element.
+    Within the premises nothing that decides q overflows, and a square of |w| that underflows belongs
+    to an element with y < 2, where its value does not matter.
 Hence two computed errors compare rightly if the larger exceeds the smaller by the factor
-1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly.
+1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly, and so is every block
+outside the premises.
 
 Theorem 5 (exact comparison). With A = sum w_i q_i, B = sum q_i^2 and q_i nearest points at s,
 e(s) = sum w^2 + s^2 B - 2 s A, so two scales compare by f(s) = s^2 B - 2 s A alone. s has 24 bits; a
@@ -65,6 +67,10 @@ UPPER_RATIO = 3.5
 FIRST_UNDOUBLED_CODE = 119
 #: Theorem 1 says nothing about codes up to this one, or up to min_code + 7.
 LAST_UNHALVED_CODE = 15
+#: Theorem 4: outside these a float32 square may overflow, or lose what decides a rounding.
+LEAST_FLOAT32_PEAK = 2.0**-45
+GREATEST_FLOAT32_PEAK = 2.0**60
+LEAST_FLOAT32_SCALE = 2.0**-50
 #: More than the relative rounding of s and of M times a factor below: such a code is kept.
 _SLACK = 2.0**-20
 #: A larger block_size is refused by the fast engines (theorem 5).
