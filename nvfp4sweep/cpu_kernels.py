@@ -174,20 +174,19 @@ def _two_product(a, b):
 @_jit()
 def _exact_objective(tile, lane, block_size, scale):
     """s^2 B - 2 s A as a float64 pair: the error less its constant part."""
-    a_high, a_low, b = 0.0, 0.0, 0.0
+    a, b = 0.0, 0.0
     for i in range(block_size):
         w = np.float64(tile[i, lane])
         q = 0.0
         for step in range(7):
             if w > _MIDPOINTS[step] * scale:
                 q = _GRID[step + 1]
-        a_high, carry = _two_sum(a_high, w * q)
-        a_low += carry
+        a += w * q
         b += q * q
     f_high, f_low = _two_product(scale * scale, b)  # scale has 24 bits: its square is exact
-    g_high, g_low = _two_product(-2.0 * scale, a_high)
+    g_high, g_low = _two_product(-2.0 * scale, a)
     high, carry = _two_sum(f_high, g_high)
-    return _two_sum(high, ((f_low + g_low) + carry) - 2.0 * scale * a_low)
+    return _two_sum(high, (f_low + g_low) + carry)
 
 
 @_jit()

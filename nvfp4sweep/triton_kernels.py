@@ -276,24 +276,20 @@ def _exact_best(pointer, step, block_size, tables, first, last):
         pointer = start
         code = base + tl.arange(0, 32)
         scale = (0.0 - tl.load(tables + NEGATIVE_SCALE + tl.minimum(code, MAX_CODE))).to(tl.float64)
-        a_high = tl.zeros([32], tl.float64)
-        a_low = tl.zeros([32], tl.float64)
+        a = tl.zeros([32], tl.float64)
         b = tl.zeros([32], tl.float64)
         for top in range(0, block_size, 16):
-            part = tl.zeros([32], tl.float64)
             for i in tl.static_range(16):
                 w = tl.load(pointer + i * step, mask=top + i < block_size, other=0.0)
                 magnitude = tl.abs(w.to(tl.float64))
                 q = _nearest_point(magnitude, scale)
-                part += magnitude * q  # exact: 16 terms of few bits
+                a += magnitude * q
                 b += q * q
-            a_high, carry = _two_sum(a_high, part)
-            a_low += carry
             pointer += 16 * step
         f_high, f_low = _two_product(scale * scale, b)
-        g_high, g_low = _two_product(-2.0 * scale, a_high)
+        g_high, g_low = _two_product(-2.0 * scale, a)
         high, carry = _two_sum(f_high, g_high)
-        high, low = _two_sum(high, ((f_low + g_low) + carry) - 2.0 * scale * a_low)
+        high, low = _two_sum(high, (f_low + g_low) + carry)
         high = tl.where(code <= last, high, float("inf"))
         least_high = tl.min(high, axis=0)
         low = tl.where(high == least_high, low, float("inf"))

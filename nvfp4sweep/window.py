@@ -26,28 +26,30 @@ M > (7 + (n - 1) / 16) s[k]. Then e(s[d]) < e(s[k]), so k is not the answer.
 Theorem 3 (blocks too small to matter). If M <= s[min_code] / 4 every element rounds to 0 at every
 code, all errors equal sum w^2, and the answer is min_code.
 
-Theorem 4 (float32 margin). Let u = 2^-24, 2^-45 <= M <= 2^60 and s >= 2^-50. Compute q by one fused rounding of |w| (1 / s) to the step of
-its binade, r = fma(q, -s, |w|) and e by a chain (or any tree) of fma(r, r, e). Then
-|computed - e| <= (n + 32) u e + n 2^-124.
+Theorem 4 (float32 margin). Let u = 2^-24, 2^-45 <= M <= 2^60 and s >= 2^-50. Compute q by one fused
+rounding of |w| (1 / s) to the step of its binade, r = fma(q, -s, |w|) and e by a chain (or any tree) of
+fma(r, r, e). Then |computed - e| <= (n + 32) u e + n 2^-124.
     Proof. s is a float32 by definition, so r is one rounding of the true residual: relative error u in
-    r, 2u in r^2, and at most n u from summation. The rounding of 1 / s moves y = |w| / s by a relative
-    u, so q is a nearest point unless y lies within u y of a midpoint; then the two residuals are
-    (h + u y) s and (h - u y) s at most and at least (h half the gap), and their squares differ by a factor
-    1 + 4 u y / h to first order, where y / h <= 7 at every midpoint: 28 u. The absolute term covers
-    results below float32's normal range, flushed to zero or not, in up to two operations an element.
-    Within the premises nothing that decides q overflows, and a square of |w| that underflows belongs
-    to an element with y < 2, where its value does not matter.
+    r, 2u in r^2, and n u from summation, to first order; the factor 3 below covers the rest. The
+    rounding of 1 / s moves y = |w| / s by a relative u, so q is a nearest point unless y lies within
+    u y of a midpoint; then the two residuals are (h + u y) s and (h - u y) s at most and at least (h half
+    the gap), and their squares differ by a factor 1 + 4 u y / h to first order, where y / h <= 7 at every
+    midpoint: 28 u. The absolute term covers results below float32's normal range, flushed to zero or
+    not, in up to two operations an element. Within the premises nothing that decides q overflows, and
+    a square of |w| that underflows belongs to an element with y < 2, where its value does not matter.
 Hence two computed errors compare rightly if the larger exceeds the smaller by the factor
 1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly, and so is every block
 outside the premises.
 
-Theorem 5 (exact comparison). With A = sum w_i q_i, B = sum q_i^2 and q_i nearest points at s,
-e(s) = sum w^2 + s^2 B - 2 s A, so two scales compare by f(s) = s^2 B - 2 s A alone. s has 24 bits; a
-w_i with q_i != 0 is at least s / 4, so it is a multiple of ulp(s) / 4, and q_i is one of 1/2. Where
-M <= 2^20 s and n <= 2^18, f is a multiple of ulp(s)^2 / 4 below 2^96 of them: a pair of float64 (106 bits)
-holds it, and the engines compute that pair by error-free transformations. A code k with M > 2^20 s[k]
-cannot win unless it is the last: the next scale reduces the error of M by at least M s / 4, adds at most
-s^2 to each other element, and n <= 2^18; the pair's relative error of 2^-50 or less cannot hide that.
+Theorem 5 (exact comparison). With A = sum |w_i| q_i, B = sum q_i^2 and q_i nearest points at s,
+e(s) = sum w^2 + s^2 B - 2 s A, so two scales compare by f(s) = s^2 B - 2 s A alone. For n <= 2^18,
+computing A and B in float64 and f as an error-free pair of float64 gives the lowest code of least error.
+    Proof. s has 24 bits. A w_i with q_i != 0 is at least s / 4, so it is a multiple of ulp(s) / 4, and q_i is
+    one of 1/2. Where sum |w_i| <= 2^23 s, A is below 2^53 of its units ulp(s) / 8 and exact in any order,
+    B is, and f is below 2^78 of its units ulp(s)^2 / 4: the pair (106 bits) holds it. Otherwise s
+    loses to the next larger scale s' = s + d, d >= s / 15, by more than rounding hides: the elements
+    above 16 s hold half of W = sum |w_i| or more and gain 0.17 W s together; any other loses at most
+    2.25 s^2 (s^2 / 4 where s' = 2 s), together less than 0.08 W s, and |f| <= 12 W s.
 
 For n = 16 the window [M / 7.9375, M / 3.5] holds at most 10 codes. The bound -3 .. +7 codes around absmax
 that others publish is the same window without the premises: codes below 16 and above 118 break it.

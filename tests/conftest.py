@@ -101,11 +101,17 @@ def _jax_engine(name: str, *, traced: bool) -> Engine:
 
     import nvfp4sweep_jax
 
+    @functools.cache
+    def jitted(function: Answer, options: tuple[tuple[str, Any], ...]) -> Answer:
+        """One compilation for all weights of a shape: the global amax is traced too."""
+        return jax.jit(lambda w, amax: function(w, global_amax=amax, **dict(options)))
+
     def call(function: Answer) -> Answer:
         def run(weight: Any, **options: Any) -> Any:
             array = jnp.asarray(weight.astype(np.float32) if weight.dtype == np.float64 else weight)
             if traced:
-                result = jax.jit(lambda w: function(w, **options))(array)
+                amax = options.pop("global_amax", None)
+                result = jitted(function, tuple(options.items()))(array, amax)
             else:
                 result = function(array, **options)
             if isinstance(result, nvfp4sweep_jax.QuantizedTensor):
