@@ -106,9 +106,10 @@ def absolute_maximum(matrix: npt.NDArray[Any]) -> np.float32:
 
 
 def _tables(global_amax: np.float32) -> npt.NDArray[np.float32]:
-    """[scale, -scale, amax] by code: float32 [3, 127]."""
-    scale = formats.scale_by_code(global_amax)
-    return np.stack([scale, -scale, formats.amax_by_code(global_amax)])
+    """[scale, -scale, amax] by code: float32 [3, 253]. A window may reach 126 codes beyond the last."""
+    amax = np.pad(formats.amax_by_code(global_amax), (0, formats.MAX_CODE), mode="edge")
+    scale = amax / np.float32(formats.E2M1_MAX)
+    return np.stack([scale, -scale, amax])
 
 
 def _factors(global_amax: np.float32, block_size: int) -> tuple[np.float32, ...]:

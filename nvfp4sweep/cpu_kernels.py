@@ -27,7 +27,8 @@ from nvfp4sweep.window import (
     LEAST_FLOAT32_SCALE,
 )
 
-LANES = 32
+# Many vectors wide: what a loop over lanes costs before its first vector is spread over all of them.
+LANES = 256
 _UNROLL = 8
 
 # The nearest E2M1 point to y by one rounding: subtracting y from an m whose unit in the last place is
@@ -254,7 +255,10 @@ def _code_at_least(value, value_bits):
 def _search(
     tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only, scratch, errors, codes
 ):
-    """codes[lane] = the answer for each lane's block; scratch is float32 [9, LANES]."""
+    """codes[lane] = the answer for each lane's block.
+
+    scratch is float32 [9, LANES]; scratch[0] holds the largest magnitude of each block.
+    """
     scales, negative_scales = tables[0], tables[1]
     lower, upper, relative_margin, absolute_margin = factors
     peak, x, y = scratch[0], scratch[1], scratch[2]
@@ -269,12 +273,9 @@ def _search(
             )
         return
 
-    peak[:] = np.float32(0)
-    for base in range(0, tile.size, LANES):
-        for lane in range(LANES):
-            w = _at(tile, base + lane)
-            _put(squares, base + lane, w * w)
-            peak[lane] = _larger(w, peak[lane])
+    for i in range(tile.size):
+        w = _at(tile, i)
+        _put(squares, i, w * w)
     least_peak = np.float32(0.25) * scales[min_code]  # theorem 3
     for lane in range(LANES):
         x[lane] = peak[lane] * lower
@@ -292,8 +293,8 @@ def _search(
         row = errors[j]
         clipping = np.int32(0)
         for lane in range(LANES):
-            code = _smaller(np.int32(first[lane] + np.int32(j)), np.int32(formats.MAX_CODE))
-            negative_scale[lane] = _at(negative_scales, np.intp(code))
+            # Beyond a lane's last code the tables repeat code 126: what is found there is ignored.
+            negative_scale[lane] = _at(negative_scales, np.intp(first[lane] + np.int32(j)))
         for lane in range(LANES):
             inverse = np.float32(1) / negative_scale[lane]
             negative_inverse[lane] = inverse
@@ -403,15 +404,22 @@ def sweep_range(
     tile_bits = tile.view(np.uint32)
     squares = np.empty_like(tile)
     scratch = np.empty((9, LANES), np.float32)
+    peak_bits = scratch[0].view(np.uint32)
     errors = np.empty((formats.MAX_CODE, LANES), np.float32)
     codes = np.empty(LANES, np.int32)
     largest = np.uint32(0)
     for first_block in range(start, stop, LANES):
         lanes = min(LANES, stop - first_block)
         _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
-        for i in range(block_size):
+        peak_bits[:] = np.uint32(0)
+        for base in range(0, tile.size, _UNROLL * LANES):
             for lane in range(LANES):
-                largest = max(largest, tile_bits[i, lane])
+                bits_so_far = peak_bits[lane]
+                for i in range(_UNROLL):
+                    bits_so_far = _larger(_at(tile_bits, base + i * LANES + lane), bits_so_far)
+                peak_bits[lane] = bits_so_far
+        for lane in range(LANES):
+            largest = _larger(peak_bits[lane], largest)
         _search(
             tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only,
             scratch, errors, codes,
