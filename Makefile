@@ -23,6 +23,7 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	PYTHONPATH=. $(BIN)/python -m benchmarks.report --check
 
 benchmark: $(VENV)/ready
 	PYTHONPATH=. $(BIN)/python -m benchmarks.cpu
