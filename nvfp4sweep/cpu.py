@@ -1,8 +1,9 @@
 """The CPU engine: threads take ranges of blocks of a matrix to the Numba kernels, which release the GIL."""
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -125,11 +126,18 @@ def _factors(global_amax: np.float32, block_size: int) -> tuple[np.float32, ...]
 
 
 def _largest(run: Callable[[Any], int], tasks: Iterator[Any], n_elements: int) -> int:
-    workers = min(len(os.sched_getaffinity(0)), n_elements // _ELEMENTS_A_SLAB)
+    workers = min(_n_cores(), n_elements // _ELEMENTS_A_SLAB)
     if workers <= 1:
         return max(map(run, tasks), default=0)
+    largest = 0
+    # Not pool.map: it would take all tasks, with the slabs that they hold, before the first is done.
+    pending: deque[Future[int]] = deque()
     with ThreadPoolExecutor(workers) as pool:
-        return max(pool.map(run, tasks), default=0)
+        for task in tasks:
+            if len(pending) > workers:
+                largest = max(largest, pending.popleft().result())
+            pending.append(pool.submit(run, task))
+        return max([largest, *(future.result() for future in pending)])
 
 
 def _block_ranges(
@@ -142,6 +150,13 @@ def _block_ranges(
         for start in range(0, n_blocks, _BLOCKS_A_TASK):
             yield _bits(slab), offset, start, min(n_blocks, start + _BLOCKS_A_TASK)
         offset += n_blocks
+
+
+def _n_cores() -> int:
+    """The cores that this process may use, where the platform can tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _contiguous_slabs(matrix: npt.NDArray[Any], block_size: int) -> Iterator[npt.NDArray[Any]]:

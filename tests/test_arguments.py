@@ -122,6 +122,17 @@ def test_amax_on_another_device() -> None:
         nvfp4sweep_torch.calibrate(tensor, global_amax=torch.ones((), device="meta"))
 
 
+def test_cuda_engine_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="'triton' cannot serve a NumPy array: choose one of oracle, cpu"):
+        nvfp4sweep.calibrate(WEIGHT, implementation="triton")
+    monkeypatch.setattr(nvfp4sweep_torch._tensors, "interpreting", lambda: False)
+    with pytest.raises(ValueError, match="'triton' cannot serve a tensor on cpu: choose one of cpu, oracle"):
+        nvfp4sweep_torch.calibrate(torch.from_numpy(WEIGHT.copy()), implementation="triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match="'triton' cannot serve"):
+        nvfp4sweep_jax.calibrate(jnp.asarray(WEIGHT), implementation="triton")
+
+
 def test_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVFP4SWEEP_IMPLEMENTATION", "nonsense")
     for module, convert in PACKAGES.values():
