@@ -6,20 +6,13 @@ exactly. float16 and bfloat16 are read as bits and widened in the tile, so the w
 
 A weight arrives as flat bits (uint32 or uint16) of [groups, block_size, inner] in C order: block b is
 element b % inner of group b // inner, and its elements lie `inner` apart.
-
-All kernels are in this one file because Numba's cache on disk follows the file of the function called:
-a change elsewhere would not reach a cached caller.
 """
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 from numba import types
-from numba.extending import intrinsic
 
 from nvfp4sweep import formats
+from nvfp4sweep.lanes import at, fma, jit, larger, put, select, smaller
 from nvfp4sweep.window import (
     FIRST_UNDOUBLED_CODE,
     GREATEST_FLOAT32_PEAK,
@@ -55,112 +48,52 @@ _GRID = formats.E2M1_VALUES
 _MIDPOINTS = formats.E2M1_MIDPOINTS
 
 
-def _jit(*arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    return numba.njit(*arguments, nogil=True, cache=True, error_model="numpy", **options)
-
-
-@intrinsic
-def _fma(typingctx, a, b, c):
-    """a * b + c rounded once, whatever the compiler's flags."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.fma(*arguments)
-
-    return types.float32(types.float32, types.float32, types.float32), codegen
-
-
-@intrinsic
-def _at(typingctx, array, index):
-    """array.flat[index] of a C-contiguous array: unlike array[...] it has no negative indices.
-
-    With them the compiler cannot see consecutive lanes, and the sweep takes four times as long.
-    """
-
-    def codegen(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        return builder.load(builder.gep(data, [arguments[1]]))
-
-    return array.dtype(array, types.intp), codegen
-
-
-@intrinsic
-def _put(typingctx, array, index, value):
-    """array.flat[index] = value, as _at reads."""
-
-    def codegen(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, arguments[0]).data
-        builder.store(arguments[2], builder.gep(data, [arguments[1]]))
-        return context.get_dummy_value()
-
-    return types.void(array, types.intp, array.dtype), codegen
-
-
-@intrinsic
-def _select(typingctx, condition, a, b):
-    """a if condition else b, without the branch that keeps a loop from being vectorised."""
-
-    def codegen(context, builder, signature, arguments):
-        return builder.select(*arguments)
-
-    return a(types.boolean, a, a), codegen
-
-
-@_jit(inline="always")
-def _smaller(a, b):
-    return _select(a < b, a, b)
-
-
-@_jit(inline="always")
-def _larger(a, b):
-    return _select(a > b, a, b)
-
-
 # --- float32: one candidate for every lane --------------------------------------------------------
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
     """errors[lane] += squared error at the lane's scale, which clips nothing (6 s >= M)."""
     for base in range(0, tile.size, _UNROLL * LANES):
         for lane in range(LANES):
             error = errors[lane]
             for i in range(_UNROLL):
-                w = _at(tile, base + i * LANES + lane)
-                square = _at(squares, base + i * LANES + lane)
-                rounder = _fma(square, slope[lane], _ROUNDER_BASE)
-                q = rounder - _fma(w, negative_inverse[lane], rounder)
-                residual = _fma(q, negative_scale[lane], w)
-                error = _fma(residual, residual, error)
+                w = at(tile, base + i * LANES + lane)
+                square = at(squares, base + i * LANES + lane)
+                rounder = fma(square, slope[lane], _ROUNDER_BASE)
+                q = rounder - fma(w, negative_inverse[lane], rounder)
+                residual = fma(q, negative_scale[lane], w)
+                error = fma(residual, residual, error)
             errors[lane] = error
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
     """The same for scales that may clip."""
     for base in range(0, tile.size, _UNROLL * LANES):
         for lane in range(LANES):
             error = errors[lane]
             for i in range(_UNROLL):
-                w = _at(tile, base + i * LANES + lane)
-                square = _at(squares, base + i * LANES + lane)
-                rounder = _smaller(_fma(square, slope[lane], _ROUNDER_BASE), _ROUNDER_CEILING)
-                q = _smaller(rounder - _fma(w, negative_inverse[lane], rounder), np.float32(6))
-                residual = _fma(q, negative_scale[lane], w)
-                error = _fma(residual, residual, error)
+                w = at(tile, base + i * LANES + lane)
+                square = at(squares, base + i * LANES + lane)
+                rounder = smaller(fma(square, slope[lane], _ROUNDER_BASE), _ROUNDER_CEILING)
+                q = smaller(rounder - fma(w, negative_inverse[lane], rounder), np.float32(6))
+                residual = fma(q, negative_scale[lane], w)
+                error = fma(residual, residual, error)
             errors[lane] = error
 
 
 # --- exact comparison (window.py, theorem 5) ------------------------------------------------------
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _two_sum(a, b):
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _two_product(a, b):
     product = a * b
     t = _VELTKAMP * a
@@ -172,7 +105,7 @@ def _two_product(a, b):
     return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
-@_jit()
+@jit()
 def _exact_objective(tile, lane, block_size, scale):
     """s^2 B - 2 s A as a float64 pair: the error less its constant part."""
     a, b = 0.0, 0.0
@@ -190,7 +123,7 @@ def _exact_objective(tile, lane, block_size, scale):
     return _two_sum(high, (f_low + g_low) + carry)
 
 
-@_jit()
+@jit()
 def _settle(tile, lane, block_size, scales, first, last, errors, limit):
     """The lowest code of first .. last with the least exact error, among those within the limit."""
     best = np.int32(first)
@@ -207,7 +140,7 @@ def _settle(tile, lane, block_size, scales, first, last, errors, limit):
 # --- one tile -------------------------------------------------------------------------------------
 
 
-@_jit()
+@jit()
 def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits):
     """tile[i, lane] = |w|, and 0 in lanes without a block."""
     mask = np.uint32(0x7FFF) if bits.itemsize == 2 else np.uint32(0x7FFFFFFF)
@@ -219,39 +152,39 @@ def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bi
     if inner == 1:
         for lane in range(lanes):
             for i in range(block_size):
-                w = np.uint32(_at(bits, start + lane * block_size + i))
-                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
+                w = np.uint32(at(bits, start + lane * block_size + i))
+                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     elif column + lanes <= inner:
         for i in range(block_size):
             for lane in range(lanes):
-                w = np.uint32(_at(bits, start + i * inner + lane))
-                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
+                w = np.uint32(at(bits, start + i * inner + lane))
+                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     else:
         for lane in range(lanes):
             block = first_block + lane
             start = block // inner * block_size * inner + block % inner
             for i in range(block_size):
-                w = np.uint32(_at(bits, start + i * inner))
-                _put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
+                w = np.uint32(at(bits, start + i * inner))
+                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
     if lanes < LANES:
         tile_bits[:block_size, lanes:] = np.uint32(0)
     if is_float16:
         for i in range(block_size * LANES):
-            widened = _at(tile_bits, i)
-            _put(tile, i, np.float32(_at(tile, i) * _FLOAT16_REBIAS))
+            widened = at(tile_bits, i)
+            put(tile, i, np.float32(at(tile, i) * _FLOAT16_REBIAS))
             if widened >= _FLOAT16_INF_BITS:
-                _put(tile_bits, i, _INF_BITS)
+                put(tile_bits, i, _INF_BITS)
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _code_at_least(value, value_bits):
     """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
-    uniform = np.int32(np.ceil(_smaller(value, _SMALLEST_NORMAL_E4M3) * np.float32(512)))
+    uniform = np.int32(np.ceil(smaller(value, _SMALLEST_NORMAL_E4M3) * np.float32(512)))
     normal = np.int32(np.int32((value_bits + np.uint32(0xFFFFF)) >> np.uint32(20)) - _E4M3_FROM_FLOAT32)
-    return _select(value < _SMALLEST_NORMAL_E4M3, uniform, normal)
+    return select(value < _SMALLEST_NORMAL_E4M3, uniform, normal)
 
 
-@_jit()
+@jit()
 def _search(
     tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only, scratch, errors, codes
 ):
@@ -274,33 +207,33 @@ def _search(
         return
 
     for i in range(tile.size):
-        w = _at(tile, i)
-        _put(squares, i, w * w)
+        w = at(tile, i)
+        put(squares, i, w * w)
     least_peak = np.float32(0.25) * scales[min_code]  # theorem 3
     for lane in range(LANES):
         x[lane] = peak[lane] * lower
         y[lane] = peak[lane] * upper
     count = np.int32(1)
     for lane in range(LANES):
-        low = _smaller(_code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
-        high = _larger(np.int32(_code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
+        low = smaller(_code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
+        high = larger(np.int32(_code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
         trivial = peak[lane] <= least_peak
-        first[lane] = _select(trivial, min_code, _larger(low, min_code))
-        last[lane] = _select(trivial, min_code, _smaller(high, np.int32(formats.MAX_CODE)))
-        count = _larger(np.int32(last[lane] - first[lane] + np.int32(1)), count)
+        first[lane] = select(trivial, min_code, larger(low, min_code))
+        last[lane] = select(trivial, min_code, smaller(high, np.int32(formats.MAX_CODE)))
+        count = larger(np.int32(last[lane] - first[lane] + np.int32(1)), count)
 
     for j in range(count):
         row = errors[j]
         clipping = np.int32(0)
         for lane in range(LANES):
             # Beyond a lane's last code the tables repeat code 126: what is found there is ignored.
-            negative_scale[lane] = _at(negative_scales, np.intp(first[lane] + np.int32(j)))
+            negative_scale[lane] = at(negative_scales, np.intp(first[lane] + np.int32(j)))
         for lane in range(LANES):
             inverse = np.float32(1) / negative_scale[lane]
             negative_inverse[lane] = inverse
             slope[lane] = inverse * inverse * _ROUNDER_SLOPE
             clips = peak[lane] + np.float32(6) * negative_scale[lane] > np.float32(0)
-            clipping += _select(clips, np.int32(1), np.int32(0))
+            clipping += select(clips, np.int32(1), np.int32(0))
             row[lane] = np.float32(0)
         if clipping > 0:
             _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, row)
@@ -318,22 +251,22 @@ def _search(
         for lane in range(LANES):
             code = np.int32(first[lane] + np.int32(j))
             better = (row[lane] < least[lane]) & (code <= last[lane])
-            least[lane] = _select(better, row[lane], least[lane])
-            codes[lane] = _select(better, code, codes[lane])
+            least[lane] = select(better, row[lane], least[lane])
+            codes[lane] = select(better, code, codes[lane])
     for lane in range(LANES):
         in_range = (
             (peak[lane] >= _LEAST_PEAK)
             & (peak[lane] <= _GREATEST_PEAK)
-            & (_at(scales, np.intp(first[lane])) >= _LEAST_SCALE)
+            & (at(scales, np.intp(first[lane])) >= _LEAST_SCALE)
         )
         bound = least[lane] * (np.float32(1) + relative_margin) + absolute_margin
-        limit[lane] = _select(in_range, bound, np.float32(np.inf))
+        limit[lane] = select(in_range, bound, np.float32(np.inf))
     for j in range(count):
         row = errors[j]
         for lane in range(LANES):
             # Written so that a NaN, from overflow in float32, counts as near.
             apart = (row[lane] > limit[lane]) | (np.int32(first[lane] + np.int32(j)) > last[lane])
-            near[lane] += _select(apart, np.int32(0), np.int32(1))
+            near[lane] += select(apart, np.int32(0), np.int32(1))
     for lane in range(LANES):
         if near[lane] > 1:
             codes[lane] = _settle(
@@ -341,7 +274,7 @@ def _search(
             )
 
 
-@_jit(inline="always")
+@jit(inline="always")
 def _error(tile, lane, block_size, scale):
     """The squared error, summed in float64 element by element, as the oracle does."""
     total = 0.0
@@ -378,7 +311,7 @@ def _range_signature(bits: types.Type) -> types.Type:
     )
 
 
-@_jit([_range_signature(types.uint32), _range_signature(types.uint16)])
+@jit([_range_signature(types.uint32), _range_signature(types.uint16)])
 def sweep_range(
     bits,
     is_float16,
@@ -416,10 +349,10 @@ def sweep_range(
             for lane in range(LANES):
                 bits_so_far = peak_bits[lane]
                 for i in range(_UNROLL):
-                    bits_so_far = _larger(_at(tile_bits, base + i * LANES + lane), bits_so_far)
+                    bits_so_far = larger(at(tile_bits, base + i * LANES + lane), bits_so_far)
                 peak_bits[lane] = bits_so_far
         for lane in range(LANES):
-            largest = _larger(peak_bits[lane], largest)
+            largest = larger(peak_bits[lane], largest)
         _search(
             tile, squares, block_size, tables, factors, min_code, last_unhalved, exact_only,
             scratch, errors, codes,
@@ -436,7 +369,7 @@ def sweep_range(
     return largest
 
 
-@_jit(
+@jit(
     [
         types.void(
             types.Array(bits, 1, "C", readonly=True),
@@ -481,7 +414,7 @@ def pack_range(bits, is_float16, block_size, inner, start, stop, scales, code, p
                 )
 
 
-@_jit(
+@jit(
     [
         types.uint32(types.Array(bits, 1, "C", readonly=True), types.uint32)
         for bits in (types.uint32, types.uint16)

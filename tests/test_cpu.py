@@ -13,7 +13,7 @@ import pytest
 import nvfp4sweep
 
 pytest.importorskip("numba")
-from nvfp4sweep import cpu, cpu_kernels
+from nvfp4sweep import cpu, cpu_kernels, lanes
 
 LARGE = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
 
@@ -99,6 +99,6 @@ def test_blocks_larger_than_a_tile_is_wide() -> None:
 def test_fused_multiply_add_rounds_once() -> None:
     import numba
 
-    one = numba.njit(lambda a, b, c: cpu_kernels._fma(a, b, c))
+    one = numba.njit(lambda a, b, c: lanes.fma(a, b, c))
     a = np.float32(1 + 2**-12)
     assert one(a, a, -(a * a)) == np.float32(2**-24)
