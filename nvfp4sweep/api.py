@@ -188,9 +188,7 @@ def global_amax(*weights: npt.NDArray[Any], batch_dims: int = 0) -> npt.NDArray[
         if not np.isfinite(amax).all():
             raise _nonfinite(array)
         amaxes.append(amax.reshape(asked.batch_shape))
-    shapes = {amax.shape for amax in amaxes}
-    if len(shapes) > 1:
-        raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(shapes)}")
+    problem.check_same_batch([amax.shape for amax in amaxes], batch_dims)
     return np.asarray(np.max(np.stack(amaxes), axis=0))
 
 
@@ -247,7 +245,7 @@ def _prepare(
         array.shape, axis=axis, block_size=block_size, batch_dims=batch_dims, min_code=min_code,
         importance=importance, hessian=hessian,
     )  # fmt: skip
-    name = problem.choose_engine(implementation, default="cpu", served=_SERVED, where="a NumPy array")
+    name = problem.choose_engine(implementation, default="cpu", served=_SERVED, where=_NUMPY_ARRAY)
     engine: Any = oracle
     if name == "cpu":
         from nvfp4sweep import cpu

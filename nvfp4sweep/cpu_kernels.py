@@ -18,17 +18,16 @@ from nvfp4sweep.window import (
     GREATEST_FLOAT32_PEAK,
     LEAST_FLOAT32_PEAK,
     LEAST_FLOAT32_SCALE,
+    ROUNDER_BASE,
+    ROUNDER_SLOPE,
 )
 
 # Many vectors wide: what a loop over lanes costs before its first vector is spread over all of them.
 LANES = 256
 _UNROLL = 8
 
-# The nearest E2M1 point to y by one rounding: subtracting y from an m whose unit in the last place is
-# the step wanted at y (.5 to 2, 1 to 4, 2 to 6) rounds y to that step. m = 2^22 (1.1 + .186 y^2) enters
-# its next binade at y = 2.2 and y = 3.95, where both steps give the same point.
-_ROUNDER_BASE = np.float32(2**22 * 1.1)
-_ROUNDER_SLOPE = np.float32(2**22 * 0.186)
+_ROUNDER_BASE = np.float32(2**22 * ROUNDER_BASE)
+_ROUNDER_SLOPE = np.float32(2**22 * ROUNDER_SLOPE)
 # Where y may exceed 6 the rounder stops in the binade of step 4, so that no y rounds to 0.
 _ROUNDER_CEILING = np.float32(2**25 * 1.5)
 
@@ -40,7 +39,7 @@ _INF_BITS = np.uint32(0x7F800000)
 _FLOAT16_INF_BITS = np.uint32(0x7C00 << 13)  # once shifted to a float32's place
 # A float16 widened by shifting its bits alone is too small by this factor.
 _FLOAT16_REBIAS = np.float32(2.0**112)
-_E4M3_FROM_FLOAT32 = np.int32(120 << 3)  # float32 bits >> 20, less this, are E4M3 bits
+_E4M3_TO_FLOAT32 = np.int32(formats.E4M3_TO_FLOAT32)
 _SMALLEST_NORMAL_E4M3 = np.float32(2.0**-6)
 _VELTKAMP = 2.0**27 + 1
 
@@ -180,7 +179,7 @@ def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bi
 def _code_at_least(value, value_bits):
     """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
     uniform = np.int32(np.ceil(smaller(value, _SMALLEST_NORMAL_E4M3) * np.float32(512)))
-    normal = np.int32(np.int32((value_bits + np.uint32(0xFFFFF)) >> np.uint32(20)) - _E4M3_FROM_FLOAT32)
+    normal = np.int32(np.int32((value_bits + np.uint32(0xFFFFF)) >> np.uint32(20)) - _E4M3_TO_FLOAT32)
     return select(value < _SMALLEST_NORMAL_E4M3, uniform, normal)
 
 
@@ -198,18 +197,19 @@ def _search(
     slope, negative_inverse, negative_scale = scratch[3], scratch[4], scratch[5]
     x_bits, y_bits = x.view(np.uint32), y.view(np.uint32)
     first, last = scratch[6].view(np.int32), scratch[7].view(np.int32)
+    # Theorem 3; and at a global amax of 0 all codes are the same.
+    least_scale = scales[min_code] if tables[2, formats.MAX_CODE] > 0 else np.float32(np.inf)
     if exact_only:
         errors[: formats.MAX_CODE] = np.float32(0)
         for lane in range(LANES):
-            codes[lane] = _settle(
-                tile, lane, block_size, scales, min_code, formats.MAX_CODE, errors, np.float32(0)
-            )
+            trivial = np.float32(4) * peak[lane] <= least_scale
+            most = min_code if trivial else np.int32(formats.MAX_CODE)
+            codes[lane] = _settle(tile, lane, block_size, scales, min_code, most, errors, np.float32(0))
         return
 
     for i in range(tile.size):
         w = at(tile, i)
         put(squares, i, w * w)
-    least_peak = np.float32(0.25) * scales[min_code]  # theorem 3
     for lane in range(LANES):
         x[lane] = peak[lane] * lower
         y[lane] = peak[lane] * upper
@@ -217,7 +217,7 @@ def _search(
     for lane in range(LANES):
         low = smaller(_code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
         high = larger(np.int32(_code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
-        trivial = peak[lane] <= least_peak
+        trivial = np.float32(4) * peak[lane] <= least_scale
         first[lane] = select(trivial, min_code, larger(low, min_code))
         last[lane] = select(trivial, min_code, smaller(high, np.int32(formats.MAX_CODE)))
         count = larger(np.int32(last[lane] - first[lane] + np.int32(1)), count)

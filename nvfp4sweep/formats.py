@@ -23,8 +23,8 @@ E2M1_SIGN_BIT = 8
 MIN_CODE = 1
 MAX_CODE = 126
 CODES = np.arange(MIN_CODE, MAX_CODE + 1)
-#: E4M3 codes up to this one are multiples of 2**-9: the subnormals and the first normal binade.
-LAST_UNIFORM_CODE = 16
+#: A normal E4M3 value's code, plus this, is the top of the bits of the same float32: bits >> 20.
+E4M3_TO_FLOAT32 = 120 << 3
 
 
 def _e4m3_value(code: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:

@@ -181,6 +181,14 @@ def check_global_amax_shape(shape: tuple[int, ...], problem: Problem) -> None:
         )
 
 
+def check_same_batch(shapes: Sequence[tuple[int, ...]], batch_dims: int) -> None:
+    """Weights that share a global amax must stack the same number of matrices."""
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(set(shapes))}"
+        )
+
+
 def nonfinite_error(name: str, index: Sequence[int], value: object) -> ValueError:
     return ValueError(
         f"{name}[{', '.join(str(int(i)) for i in index)}] is {value}: every element must be finite "

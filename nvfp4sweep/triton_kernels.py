@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from nvfp4sweep import formats, window
+
 # The interpreter rounds the product of tl.fma; the margin of theorem 4 needs one rounding.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -27,17 +29,19 @@ UPPER = tl.constexpr(386)
 LARGEST = tl.constexpr(387)
 TABLE = tl.constexpr(512)
 
-MAX_CODE = tl.constexpr(126)
-FIRST_UNDOUBLED_CODE = tl.constexpr(119)
-NVFP4_MAX = tl.constexpr(2688.0)
-LEAST_GLOBAL_AMAX = tl.constexpr(2.0**-100)
+MAX_CODE = tl.constexpr(formats.MAX_CODE)
+E4M3_TO_FLOAT32 = tl.constexpr(formats.E4M3_TO_FLOAT32)
+E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
+NVFP4_MAX = tl.constexpr(formats.NVFP4_MAX)
+FIRST_UNDOUBLED_CODE = tl.constexpr(window.FIRST_UNDOUBLED_CODE)
+LEAST_GLOBAL_AMAX = tl.constexpr(window.LEAST_GLOBAL_AMAX)
 # Where theorem 4 holds. A block that clips at most CLIPPING_CODES of its codes has s >= M / 12.
-LEAST_PEAK = tl.constexpr(2.0**-45)
-GREATEST_PEAK = tl.constexpr(2.0**60)
+LEAST_PEAK = tl.constexpr(window.LEAST_FLOAT32_PEAK)
+GREATEST_PEAK = tl.constexpr(window.GREATEST_FLOAT32_PEAK)
 
-# See cpu.py: subtracting y from this rounds y to the nearest E2M1 point, up to y = 26.
-ROUNDER_BASE = tl.constexpr(2**22 * 1.1)
-ROUNDER_SLOPE = tl.constexpr(2**22 * 0.186)
+ROUNDER_BASE = tl.constexpr(2**22 * window.ROUNDER_BASE)
+ROUNDER_SLOPE = tl.constexpr(2**22 * window.ROUNDER_SLOPE)
 # So many of a window's lowest scales may clip: E4M3 has no more codes between M / 8 and M / 6.
 CLIPPING_CODES = tl.constexpr(5)
 VELTKAMP = tl.constexpr(2.0**27 + 1)
@@ -110,10 +114,10 @@ def tabulate(partials, n_partials, given_amax, tables, lower, upper,
     # float64 and one rounding: a float32 product or quotient here could flush subnormals.
     column = tl.arange(0, 128)
     code = tl.minimum(column, MAX_CODE)
-    value = tl.where(code < 8, code * 2.0**-9, ((code + 960) << 20).to(tl.float32, bitcast=True))
-    ratio = (value.to(tl.float64) / 448.0).to(tl.float32)
+    value = tl.where(code < 8, code * 2.0**-9, ((code + E4M3_TO_FLOAT32) << 20).to(tl.float32, bitcast=True))
+    ratio = (value.to(tl.float64) / E4M3_MAX).to(tl.float32)
     block_amax = (ratio.to(tl.float64) * amax.to(tl.float64)).to(tl.float32)
-    scale = (block_amax.to(tl.float64) / 6.0).to(tl.float32)
+    scale = (block_amax.to(tl.float64) / E2M1_MAX).to(tl.float32)
     tl.store(tables + NEGATIVE_SCALE + column, 0.0 - scale)
     divisor = tl.where(amax >= LEAST_GLOBAL_AMAX, tl.maximum(scale, 2.0**-125), 1.0).to(tl.float64)
     tl.store(tables + NEGATIVE_INVERSE + column, (-1.0 / divisor).to(tl.float32))
@@ -129,7 +133,7 @@ def tabulate(partials, n_partials, given_amax, tables, lower, upper,
 def _code_at_least(value):
     """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
     uniform = tl.ceil(tl.minimum(value, 1.0) * 512.0).to(tl.int32)
-    normal = ((value.to(tl.int32, bitcast=True) + 0xFFFFF) >> 20) - 960
+    normal = ((value.to(tl.int32, bitcast=True) + 0xFFFFF) >> 20) - E4M3_TO_FLOAT32
     return tl.where(value < 2.0**-6, uniform, normal)
 
 

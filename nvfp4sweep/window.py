@@ -12,7 +12,7 @@ Theorem 1 (no code above the window wins). Let M <= 3.5 s[k], and let code h >= 
 v[h] = v[k] / 2. Then e(s[h]) <= e(s[k]), so k, the higher code, is not the answer.
     Proof. Up to 3.5 s the point 3 s is at least as near as 4 s, so e(s) uses only {0, .5, 1, 1.5, 2, 3} s,
     and these are {0, 1, 2, 3, 4, 6} (s/2), points of the grid at s/2. Holds element by element.
-    Which codes have such an h: from LAST_UNIFORM_CODE = 16 up code k - 8 is the half, below it k / 2
+    Which codes have such an h: from 16 up code k - 8 is the half, below it k / 2
     where k is even. So every code above max(15, min_code + 7) has one that may be chosen.
 
 Theorem 2 (no code below the window wins). Let code d <= 126 have v[d] = 2 v[k], and let
@@ -37,6 +37,10 @@ fma(r, r, e). Then |computed - e| <= (n + 32) u e + n 2^-124.
     midpoint: 28 u. The absolute term covers results below float32's normal range, flushed to zero or
     not, in up to two operations an element. Within the premises nothing that decides q overflows, and
     a square of |w| that underflows belongs to an element with y < 2, where its value does not matter.
+    The rounding: subtracting y from an m whose unit in the last place is the step wanted at y (.5 to 2,
+    1 to 4, 2 to 6) rounds y to that step, once. m = 2^22 (ROUNDER_BASE + ROUNDER_SLOPE y^2) enters its next
+    binade at y = 2.2 and y = 3.95, where both steps give the same point. Up to y = 26 a y beyond 6 gives 6 or
+    more.
 Hence two computed errors compare rightly if the larger exceeds the smaller by the factor
 1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly, and so is every block
 outside the premises.
@@ -73,6 +77,9 @@ LAST_UNHALVED_CODE = 15
 LEAST_FLOAT32_PEAK = 2.0**-45
 GREATEST_FLOAT32_PEAK = 2.0**60
 LEAST_FLOAT32_SCALE = 2.0**-50
+#: Theorem 4: what rounds y to an E2M1 point.
+ROUNDER_BASE = 1.1
+ROUNDER_SLOPE = 0.186
 #: More than the relative rounding of s and of M times a factor below: such a code is kept.
 _SLACK = 2.0**-20
 #: A larger block_size is refused by the fast engines (theorem 5).

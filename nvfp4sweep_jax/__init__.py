@@ -157,9 +157,7 @@ def global_amax(*weights: jax.Array, batch_dims: int = 0) -> jax.Array:
         amax = _amax.absolute_maximum(weight, asked)
         _call.check_finite_amax(amax, weight)
         amaxes.append(amax)
-    shapes = {amax.shape for amax in amaxes}
-    if len(shapes) > 1:
-        raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes: {sorted(shapes)}")
+    problem.check_same_batch([amax.shape for amax in amaxes], batch_dims)
     largest: jax.Array = _amax.largest(amaxes)
     return largest
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nvfp4sweep import formats
+from nvfp4sweep.window import ROUNDER_BASE, ROUNDER_SLOPE
 
 Array = jax.Array
 
@@ -27,13 +28,7 @@ MAGNITUDE_MASK = 0x7FFFFFFF
 SMALLEST_NORMAL_BITS = 0x00800000
 _SMALLEST_NORMAL = 2.0**-126
 _SUBNORMAL_STEP = 2.0**-149
-_E4M3_TO_FLOAT32 = 120 << 3  # E4M3 bits plus this, << 20, are float32 bits, unless subnormal
 _SMALLEST_NORMAL_CODE = 8
-
-# The nearest E2M1 point to y in [0, 6] by one rounding, as in the CPU engine: y subtracted from an m
-# whose unit in the last place is the step wanted at y. m depends on y, so XLA cannot cancel it.
-_ROUNDER_BASE = 1.1
-_ROUNDER_SLOPE = 0.186
 
 
 def float32_bits(x: Array) -> Array:
@@ -84,7 +79,7 @@ def as_float32(x: Array) -> Array:
 
 def e4m3_float32(code: Array) -> Array:
     """float32 E4M3 value of an int32 code >= 8; beyond 126 the values go on doubling every 8 codes."""
-    return from_bits((code + _E4M3_TO_FLOAT32) << 20)
+    return from_bits((code + formats.E4M3_TO_FLOAT32) << 20)
 
 
 def e4m3_float64(code: Array) -> Array:
@@ -130,7 +125,8 @@ def nearest_e2m1(magnitude: Array, inverse_scale: Array) -> Array:
     y = magnitude * inverse_scale
     y = jnp.where(y < 6, y, 6)
     unit = 2.0 ** (51 if y.dtype == jnp.float64 else 22)
-    rounder = y * y * (_ROUNDER_SLOPE * unit) + _ROUNDER_BASE * unit
+    # The rounding of theorem 4. It depends on y, so XLA cannot cancel it.
+    rounder = y * y * (ROUNDER_SLOPE * unit) + ROUNDER_BASE * unit
     return rounder - (rounder - y)
 
 

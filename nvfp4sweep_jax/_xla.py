@@ -214,7 +214,7 @@ def _code_at_least(value: Array) -> Array:
     """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
     uniform = jnp.ceil(jnp.minimum(value, np.float32(2.0**-6)) * np.float32(512)).astype(jnp.int32)
     bits = lax.bitcast_convert_type(value, jnp.int32)
-    normal = (jnp.minimum(bits, exact.INF_BITS) + 0xFFFFF >> 20) - (120 << 3)
+    normal = (jnp.minimum(bits, exact.INF_BITS) + 0xFFFFF >> 20) - formats.E4M3_TO_FLOAT32
     return jnp.where(value < np.float32(2.0**-6), uniform, normal)
 
 
@@ -272,26 +272,25 @@ def _exact_objectives(view: Array, scales: list[Array], problem: Problem) -> lis
     """s^2 B - 2 s A at each scale as a float64 pair: the error less its constant part."""
     inverses = [exact.reciprocal(scale) for scale in scales]
 
-    def add(sums: list[tuple[Array, Array, Array]], w: Array) -> list[tuple[Array, Array, Array]]:
+    def add(sums: list[tuple[Array, Array]], w: Array) -> list[tuple[Array, Array]]:
         magnitude = exact.widen(exact.magnitude_bits(w))
         added = []
-        for (high, low, squares), inverse in zip(sums, inverses, strict=True):
+        for (a, b), inverse in zip(sums, inverses, strict=True):
             q = exact.nearest_e2m1(magnitude, inverse)
-            high, carry = exact.two_sum(high, magnitude * q)
-            added.append((high, low + carry, squares + q * q))
+            added.append((a + magnitude * q, b + q * q))
         return added
 
-    zeros = [(scale * 0, scale * 0, scale * 0) for scale in scales]
+    zeros = [(scale * 0, scale * 0) for scale in scales]
     objectives = []
-    for scale, (a_high, a_low, b) in zip(scales, _fold(view, problem, add, zeros), strict=True):
+    for scale, (a, b) in zip(scales, _fold(view, problem, add, zeros), strict=True):
         # Every product is exact: scale has 24 bits, b 26 at most, a split half 27.
         square_high, square_low = exact.split(scale * scale)
         f_high, f_low = exact.two_sum(square_high * b, square_low * b)
         twice = -2 * scale
-        top, bottom = exact.split(a_high)
+        top, bottom = exact.split(a)
         g_high, g_low = exact.two_sum(twice * top, twice * bottom)
         high, carry = exact.two_sum(f_high, g_high)
-        objectives.append(exact.two_sum(high, ((f_low + g_low) + carry) + twice * a_low))
+        objectives.append(exact.two_sum(high, (f_low + g_low) + carry))
     return objectives
 
 
@@ -313,7 +312,7 @@ def _error(view: Array, scale: Array, problem: Problem) -> Array:
 
 
 def _pack(view: Array, scale: Array, problem: Problem) -> Array:
-    """uint8 of problem.packed_shape: E2M1 codes as nvfp4sweep.quantize defines them."""
+    """uint8 of problem.packed_shape: E2M1 codes as packing.encode defines them."""
     axis = problem.axis + 1
     bits = exact.float32_bits(view)
     magnitude = exact.widen(bits & exact.MAGNITUDE_MASK)

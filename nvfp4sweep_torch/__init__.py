@@ -20,7 +20,7 @@ from nvfp4sweep import Sweep, formats, problem
 from nvfp4sweep_torch import _ops
 from nvfp4sweep_torch._device import DeviceSweep
 from nvfp4sweep_torch._ops import Options
-from nvfp4sweep_torch._tensors import as_weight, choose_engine, to_numpy
+from nvfp4sweep_torch._tensors import as_weight, to_numpy
 from nvfp4sweep_torch.calibrator import (
     NVFP4MSECalibrator,
     fp8_scale_candidates,
@@ -158,13 +158,11 @@ def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
         return torch.from_numpy(nvfp4sweep.global_amax(*map(to_numpy, tensors), batch_dims=batch_dims))
     amaxes = []
     for tensor in tensors:
-        choose_engine(tensor, None)
         asked = problem.make_problem(tensor.shape, block_size=1, batch_dims=batch_dims)
         launched = DeviceSweep(tensor, asked)
         launched.check_finite()
         amaxes.append(launched.global_amax())
-    if len({amax.shape for amax in amaxes}) > 1:
-        raise ValueError(f"weights differ in their leading batch_dims={batch_dims} axes")
+    problem.check_same_batch([tuple(amax.shape) for amax in amaxes], batch_dims)
     return torch.stack(amaxes).amax(dim=0)
 
 

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "lanes": set(),
     "cpu_kernels": {"formats", "lanes", "window"},
     "cpu": {"formats", "window", "cpu_kernels"},
-    "triton_kernels": set(),
+    "triton_kernels": {"formats", "window"},
     "triton_launch": {"triton_kernels", "problem", "window"},
     "api": {"formats", "oracle", "packing", "problem", "cpu"},
     "__init__": {"api", "formats", "packing"},
