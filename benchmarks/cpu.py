@@ -3,12 +3,9 @@
 python -m benchmarks.cpu
 """
 
-import os
-import platform
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -19,7 +16,6 @@ from benchmarks import gate, ledger
 
 
 def main() -> None:
-    device = f"{_cpu_name()}, {len(os.sched_getaffinity(0))} cores"
     entry: dict[str, Any] = {
         "benchmark": "cpu",
         "shape": list(gate.SHAPE),
@@ -52,16 +48,7 @@ def main() -> None:
             entry[name]["calibrate_over_abs_max"] = round(
                 times["calibrate"]["p50_ms"] / times["abs_max"]["p50_ms"], 2
             )
-    ledger.append({**ledger.environment(device), **entry})
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    ledger.append({**ledger.environment(ledger.processor()), **entry})
 
 
 def _import_seconds() -> float:

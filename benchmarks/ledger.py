@@ -51,19 +51,35 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+def processor() -> str:
+    """The CPU and how many of its cores this process may use."""
+    name = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = names[0].partition(":")[2].strip() if names else name
+    return f"{name}, {len(os.sched_getaffinity(0))} cores"
+
+
 def percentiles(seconds: Iterable[float]) -> dict[str, float]:
     """Milliseconds at p20, p50 and p80."""
     p20, p50, p80 = np.percentile(list(seconds), [20, 50, 80]) * 1e3
     return {"p20_ms": round(p20, 4), "p50_ms": round(p50, 4), "p80_ms": round(p80, 4)}
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, float]]:
-    """Wall times of each call, taken in turn so that a slow spell of the machine meets all of them."""
+def interleaved(
+    calls: dict[str, Callable[[], Any]], repeats: int, before: Callable[[], Any] = lambda: None
+) -> dict[str, dict[str, float]]:
+    """Wall times of each call, taken in turn so that a slow spell of the machine meets all of them.
+
+    `before` runs before each call and is not timed.
+    """
     for call in calls.values():
         call()
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
+            before()
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)

@@ -1,7 +1,7 @@
-"""docs/benchmarks.md from the ledger: nothing in it is typed by hand.
+"""docs/benchmarks.md and its plot from the ledger: nothing in them is typed by hand.
 
-python -m benchmarks.report            write it
-python -m benchmarks.report --check    exit code 1 if it is not what the ledger gives
+python -m benchmarks.report            write them
+python -m benchmarks.report --check    exit code 1 if the page is not what the ledger gives
 """
 
 import sys
@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ledger
+from benchmarks.report_cuda import cuda
+from benchmarks.report_tables import CALLS, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+PLOT = PAGE.with_suffix(".svg")
 
 _HEAD = """# Benchmarks
 
@@ -21,53 +24,20 @@ calls that are compared are interleaved in one run. `make benchmark` runs the CP
 `python -m benchmarks.cuda` the CUDA part.
 """
 
-_MEANING = {
-    "calibrate": "`calibrate(weight)`: finite check, global amax, sweep",
-    "abs_max": "`np.abs(weight).max()`",
-    "sweep": "sweep alone: global amax given, no check",
-    "sweep_axis_0": "the same along axis 0",
-    "sweep_with_codes_and_errors": "`sweep`: codes and errors too",
-    "quantize": "`quantize`",
-    "floor": "floor: read the weight, write one float a block",
-    "modelopt_sweep": "ModelOpt's `nvfp4_fp8_scale_sweep`",
-    "global_amax": "`global_amax(weight)`: finite check included",
-    "sweep_64_blocks": "one small call (64 blocks), result on the host",
-}
-_CPU_MEANING = {**_MEANING, "sweep": "`sweep(weight)`: codes and errors too"}
 
-
-def page(entries: list[dict[str, Any]]) -> str:
-    newest = {entry["benchmark"]: entry for entry in entries}
+def page(newest: dict[str, dict[str, Any]]) -> str:
     parts = [_HEAD]
     if "cuda" in newest:
-        parts.append(_cuda(newest["cuda"]))
+        parts.append(cuda(newest["cuda"], PLOT.name))
     if "cpu" in newest:
         parts.append(_cpu(newest["cpu"]))
     return "\n".join(parts)
 
 
-def _cuda(entry: dict[str, Any]) -> str:
-    dtypes = ("bfloat16", "float32")
-    lines = [f"## CUDA: {entry['device']}", "", _provenance(entry), ""]
-    lines += ["Time on the device:", "", *_table(entry, dtypes, "device", _MEANING), ""]
-    lines += ["Wall time, launches and the wait included:", "", *_table(entry, dtypes, "wall", _MEANING), ""]
-    for dtype in dtypes:
-        row = entry[dtype]
-        text = (
-            f"- {dtype}: {row['blocks_equal_to_oracle']:,} of {row['blocks_equal_to_oracle']:,} blocks equal"
-        )
-        text += f" the oracle's; peak memory beyond weight and result {row['peak_extra_bytes']:,} bytes"
-        if "modelopt_over_sweep" in row:
-            text += f"; the sweep is {row['modelopt_over_sweep']} times faster than ModelOpt's, whose answer"
-            text += f" differs from the oracle's on {row['modelopt_blocks_that_differ']} blocks"
-        lines.append(text + ".")
-    return "\n".join([*lines, ""])
-
-
 def _cpu(entry: dict[str, Any]) -> str:
     dtypes = ("float32", "bfloat16")
-    lines = [f"## CPU: {entry['device']}", "", _provenance(entry), ""]
-    lines += [*_table({d: {"wall": entry[d]} for d in dtypes}, dtypes, "wall", _CPU_MEANING), ""]
+    lines = [f"## CPU: {entry['device']}", "", provenance(entry), ""]
+    lines += [*table({dtype: entry[dtype] for dtype in dtypes}, CALLS), ""]
     row = entry["float32"]
     lines += [
         f"- float32: the oracle takes {row['oracle_s']} s, {row['oracle_over_calibrate']} times as long as"
@@ -80,30 +50,39 @@ def _cpu(entry: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _table(entry: dict[str, Any], dtypes: tuple[str, ...], group: str, meaning: dict[str, str]) -> list[str]:
-    names = [name for name in meaning if name in entry[dtypes[0]][group]]
-    lines = [f"| what | {' | '.join(f'{d}, ms' for d in dtypes)} |", "|---" * (1 + len(dtypes)) + "|"]
-    for name in names:
-        cells = [_times(entry[dtype][group][name]) for dtype in dtypes]
-        lines.append(f"| {meaning[name]} | {' | '.join(cells)} |")
-    return lines
+def _draw(sizes: list[dict[str, Any]]) -> None:
+    import matplotlib
 
+    matplotlib.use("svg")
+    from matplotlib import pyplot
 
-def _times(times: dict[str, float]) -> str:
-    return f"{times['p50_ms']:.4g} ({times['p20_ms']:.4g} .. {times['p80_ms']:.4g})"
-
-
-def _provenance(entry: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
-    shape = "x".join(map(str, entry["shape"]))
-    return f"Weight {shape}, commit {entry['commit']}, {entry['time']}; {versions}."
+    names = {"calibrate_wall": "calibrate(weight), call to result", "sweep": "sweep alone", "floor": "floor"}
+    elements = [row["elements"] for row in sizes]
+    with pyplot.rc_context({"svg.hashsalt": PLOT.name}):  # the same ledger gives the same file
+        figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+        for name, label in names.items():
+            axes.loglog(elements, [row[name]["p50_ms"] for row in sizes], marker=".", label=label)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="elements, bfloat16", ylabel="median time, ms")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(PLOT, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def main() -> None:
-    text = page(ledger.entries())
+    newest = {entry["benchmark"]: entry for entry in ledger.entries()}
+    text = page(newest)
+    sizes = newest.get("cuda", {}).get("sizes")
     if "--check" in sys.argv[1:]:
-        raise SystemExit(0 if PAGE.read_text() == text else f"{PAGE} is not what the ledger gives")
+        if PAGE.read_text() != text:
+            raise SystemExit(f"{PAGE} is not what the ledger gives")
+        if sizes and not PLOT.exists():
+            raise SystemExit(f"{PLOT} does not exist")
+        return
     PAGE.write_text(text)
+    if sizes:
+        _draw(sizes)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What a caller asks, checked once for all three packages, in the terms that engines use."""
 
+import functools
 import math
 import operator
 import os
@@ -33,15 +34,15 @@ class Problem:
     batch_dims: int
     min_code: int
 
-    @property
+    @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
         return self.shape[: self.batch_dims]
 
-    @property
+    @functools.cached_property
     def block_shape(self) -> tuple[int, ...]:
         return self.along_axis(self.shape[self.axis] // self.block_size)
 
-    @property
+    @functools.cached_property
     def view_shape(self) -> tuple[int, int, int, int]:
         """[matrices, outer, length, inner]"""
         return (
@@ -51,11 +52,11 @@ class Problem:
             math.prod(self.shape[self.axis + 1 :]),
         )
 
-    @property
+    @functools.cached_property
     def matrix_shape(self) -> tuple[int, int, int]:
         return self.view_shape[1:]
 
-    @property
+    @functools.cached_property
     def packed_shape(self) -> tuple[int, ...]:
         """Of the E2M1 codes, two a byte along `axis`."""
         return self.along_axis(self.shape[self.axis] // 2)
@@ -82,18 +83,26 @@ def make_problem(
         ValueError: an integer out of its range, or an axis that blocks do not divide.
         NotImplementedError: `importance` or `hessian` is given.
     """
-    shape = tuple(int(n) for n in shape)
     if importance is not None:
         raise NotImplementedError("importance is not supported yet: only plain squared error is")
     if hessian is not None:
         raise NotImplementedError("hessian is not supported yet: only plain squared error is")
-    batch_dims = _integer("batch_dims", batch_dims)
+    return _checked(
+        tuple(int(n) for n in shape),
+        _integer("axis", axis),
+        _integer("block_size", block_size),
+        _integer("batch_dims", batch_dims),
+        _integer("min_code", min_code),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _checked(shape: tuple[int, ...], axis: int, block_size: int, batch_dims: int, min_code: int) -> Problem:
     if not 0 <= batch_dims < max(1, len(shape)):
         raise ValueError(
             f"batch_dims={batch_dims} is out of range for a weight of shape {shape}: "
             f"it must be at least 0 and leave an axis for the blocks"
         )
-    axis = _integer("axis", axis)
     if not -len(shape) <= axis < len(shape):
         raise ValueError(f"axis={axis} is out of range for a weight of shape {shape}")
     axis %= len(shape)
@@ -101,7 +110,6 @@ def make_problem(
         raise ValueError(
             f"axis={axis} is one of the batch_dims={batch_dims} leading axes: blocks must lie within a matrix"
         )
-    block_size = _integer("block_size", block_size)
     if not 1 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must lie in 1 .. {MAX_BLOCK_SIZE}")
     if shape[axis] % block_size:
@@ -109,7 +117,6 @@ def make_problem(
             f"axis {axis} of a weight of shape {shape} has length {shape[axis]}, "
             f"which block_size={block_size} does not divide"
         )
-    min_code = _integer("min_code", min_code)
     if not MIN_CODE <= min_code <= MAX_CODE:
         raise ValueError(f"min_code={min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
     return Problem(shape, axis, block_size, batch_dims, min_code)
@@ -212,6 +219,8 @@ def foreign_array_error(name: str, value: object, expected: str) -> TypeError:
 
 
 def _integer(name: str, value: Any) -> int:
+    if type(value) is int:
+        return value
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}={value} is a bool: it must be an integer")
     try:

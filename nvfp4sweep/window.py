@@ -80,6 +80,15 @@ LEAST_FLOAT32_SCALE = 2.0**-50
 #: Theorem 4: what rounds y to an E2M1 point.
 ROUNDER_BASE = 1.1
 ROUNDER_SLOPE = 0.186
+#: Theorem 4: what rounds y to an E2M1 point for three neighbouring codes at once.
+SHARED_ROUNDER_SLOPE = 1.008
+SHARED_ROUNDER_FLOOR = 1.95
+#: It takes y above 7 to 8, so that there (and a little below) q must be cut at 6.
+CLIPPING_RATIO = 7 * (1 - 2.0**-19)
+#: Within this and GREATEST_FLOAT32_PEAK a global amax keeps the blocks with normal codes in theorem 4.
+LEAST_SCREENED_AMAX = 2.0**-30
+#: From this code up neighbouring scales differ by a factor 9 / 8 at most.
+FIRST_NORMAL_CODE = 8
 #: More than the relative rounding of s and of M times a factor below: such a code is kept.
 _SLACK = 2.0**-20
 #: A larger block_size is refused by the fast engines (theorem 5).
@@ -117,8 +126,13 @@ def last_unhalved_code(min_code: int) -> int:
 def most_candidates(block_size: int) -> int:
     """The most codes that a window holds where both theorems have their premises: 10 for 16."""
     bounds = window(block_size)
+    return _most_codes(bounds.upper / bounds.lower)
+
+
+def _most_codes(ratio: float) -> int:
+    """The most codes with values in [v, v ratio), v a value with both a half and a double."""
     values = E4M3_VALUES
     return max(
-        int(np.count_nonzero((values >= v) & (values < v * bounds.upper / bounds.lower)))
+        int(np.count_nonzero((values >= v) & (values < v * ratio)))
         for v in values[LAST_UNHALVED_CODE + 1 : FIRST_UNDOUBLED_CODE]
     )

@@ -82,31 +82,32 @@ def through_torch(
     with torch.cuda.device(device) if tensor.is_cuda else contextlib.nullcontext():
         view = tensor.reshape(problem.view_shape)
         given = None if global_amax is None else torch.from_numpy(global_amax.reshape(-1)).to(device)
-        workspace = torch.empty(triton_launch.workspace_size(problem), dtype=torch.float32, device=device)
-        triton_launch.tabulate(view, problem, workspace, given, find_largest=check_finite)
-        tables = workspace[: len(view) * triton_launch.TABLE_SIZE].view(len(view), triton_launch.TABLE_SIZE)
-        shared = tables[:, triton_launch.GLOBAL_AMAX_COLUMN].contiguous().reshape(problem.batch_shape)
 
-        shape = problem.block_shape
-        found = {"amax": torch.empty(shape, dtype=torch.float32, device=device), "global_amax": shared}
-        if outputs != ("amax",):
-            found["code"] = torch.empty(shape, dtype=torch.uint8, device=device)
-        triton_launch.sweep(view, problem, workspace, found["amax"], found.get("code"))
-        if "error" in outputs:
-            found["error"] = torch.empty(shape, dtype=torch.float32, device=device)
-            triton_launch.residual(view, problem, workspace, found["code"], found["error"])
-        if "packed" in outputs:
-            found["packed"] = torch.empty(problem.packed_shape, dtype=torch.uint8, device=device)
-            triton_launch.pack(view, problem, workspace, found["code"], found["packed"])
-        if "global_scale" in outputs:
-            # A tensor divisor: dividing by a Python number may multiply by its rounded reciprocal.
-            found["global_scale"] = shared / torch.full_like(shared, nvfp4sweep.formats.NVFP4_MAX)
+        def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
 
-        wanted = {name: found[name] for name in outputs}
-        copies = {name: jnp.copy(jax.dlpack.from_dlpack(x)) for name, x in wanted.items()}
+        shapes = {
+            "amax": problem.block_shape, "code": problem.block_shape, "error": problem.block_shape,
+            "packed": problem.packed_shape, "global_amax": problem.batch_shape,
+            "global_scale": problem.batch_shape,
+        }  # fmt: skip
+        found = {
+            name: empty(shapes[name], torch.uint8 if name in ("code", "packed") else torch.float32)
+            for name in outputs
+        }
+        checked = empty((len(view), 2))
+        workspace = empty((triton_launch.workspace_size(problem),))
+        triton_launch.tabulate(
+            view, problem, workspace, given, find_largest=check_finite, checked=checked,
+            global_amax=found.get("global_amax"), global_scale=found.get("global_scale"),
+        )  # fmt: skip
+        blockwise = {name: x for name, x in found.items() if not name.startswith("global_")}
+        triton_launch.sweep(view, problem, workspace, **blockwise)
+
+        copies = {name: jnp.copy(jax.dlpack.from_dlpack(x)) for name, x in found.items()}
         for copy in copies.values():
             copy.block_until_ready()
-        finite = not check_finite or bool(tables[:, triton_launch.LARGEST_COLUMN].isfinite().all())
+        finite = not check_finite or bool(checked[:, 0].isfinite().all())
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
     if not finite:

@@ -17,8 +17,7 @@ from torch import Tensor
 
 import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
-from nvfp4sweep_torch import _ops
-from nvfp4sweep_torch._device import DeviceSweep
+from nvfp4sweep_torch import _device, _ops
 from nvfp4sweep_torch._ops import Options
 from nvfp4sweep_torch._tensors import as_weight, to_numpy
 from nvfp4sweep_torch.calibrator import (
@@ -159,11 +158,9 @@ def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
     amaxes = []
     for tensor in tensors:
         asked = problem.make_problem(tensor.shape, block_size=1, batch_dims=batch_dims)
-        launched = DeviceSweep(tensor, asked)
-        launched.check_finite()
-        amaxes.append(launched.global_amax())
+        amaxes += _device.run(tensor, asked, None, ("global_amax",), check_finite=True)
     problem.check_same_batch([tuple(amax.shape) for amax in amaxes], batch_dims)
-    return torch.stack(amaxes).amax(dim=0)
+    return amaxes[0] if len(amaxes) == 1 else torch.stack(amaxes).amax(dim=0)
 
 
 def scale_candidates() -> Tensor:
@@ -172,7 +169,8 @@ def scale_candidates() -> Tensor:
 
 
 def _refuse_unsupported(importance: object, hessian: object) -> None:
-    problem.make_problem((formats.BLOCK_SIZE,), importance=importance, hessian=hessian)
+    if importance is not None or hessian is not None:
+        problem.make_problem((formats.BLOCK_SIZE,), importance=importance, hessian=hessian)
 
 
 def _amax_tensor(global_amax: Any, weight: Tensor) -> Tensor | None:

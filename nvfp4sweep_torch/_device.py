@@ -1,6 +1,7 @@
 """A sweep by the core's CUDA kernels: allocate, launch on the current stream, check."""
 
 import contextlib
+import math
 from typing import Any
 
 import numpy as np
@@ -11,75 +12,117 @@ from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
 from nvfp4sweep_torch._tensors import host_amax
 
+_SHAPES = {
+    "amax": "block_shape",
+    "code": "block_shape",
+    "error": "block_shape",
+    "packed": "packed_shape",
+    "global_amax": "batch_shape",
+    "global_scale": "batch_shape",
+}
+_BYTES = {"code", "packed"}
+_PER_MATRIX = ("global_amax", "global_scale")
 
-class DeviceSweep:
-    """The tables of a weight on its device, and the launches that need them.
 
-    Nothing waits for the device except `check_finite`.
+def run(
+    weight: Tensor, asked: Problem, global_amax: Any, outputs: tuple[str, ...], *, check_finite: bool
+) -> list[Tensor]:
+    """The outputs of these names. Waits for the device only to check, and then not for the sweep itself.
+
+    Raises:
+        ValueError: a weight or a global amax that was read is not finite, or an amax is negative.
+    """
+    launch = _triton_launch()
+    view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
+    with _on_device(weight):
+        given = None if global_amax is None else _device_amax(global_amax, weight, asked)
+        workspace = _empty(weight, (launch.workspace_size(asked),))
+        found = {
+            name: _empty(weight, getattr(asked, _SHAPES[name]), torch.uint8 if name in _BYTES else None)
+            for name in outputs
+        }
+        shared = {name: found[name] for name in _PER_MATRIX if name in found}
+        blockwise = {name: found[name] for name in outputs if name not in shared}
+        watch = _Watch(weight, asked) if check_finite else None
+        launch.tabulate(
+            view, asked, workspace, given,
+            find_largest=check_finite, checked=watch and watch.values, **shared,
+        )  # fmt: skip
+        if watch:
+            watch.mark()
+        if blockwise:
+            launch.sweep(view, asked, workspace, **blockwise)
+        if watch:
+            watch.check()
+    return [found[name] for name in outputs]
+
+
+class _Watch:
+    """What the device found that must be finite, in memory of the host that it writes to itself.
+
+    The memory and its event go back for reuse only after a wait that was not interrupted.
     """
 
-    def __init__(self, weight: Tensor, asked: Problem, global_amax: Any = None, *, find_largest: bool = True):
-        self._launch = _triton_launch()
+    _idle: dict[int, list[tuple[Tensor, Any]]] = {}  # by device  # noqa: RUF012
+    _ROOM = 512  # matrices
+
+    def __init__(self, weight: Tensor, asked: Problem):
         self._weight = weight
         self._problem = asked
-        self._view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
-        self._workspace = self._empty((self._launch.workspace_size(asked),))
-        self._given = None if global_amax is None else self._device_amax(global_amax)
-        with self._on_device():
-            self._launch.tabulate(self._view, asked, self._workspace, self._given, find_largest=find_largest)
+        self._matrices = asked.view_shape[0]
+        self._on_cuda = weight.device.type == "cuda"
+        self._event = None
+        if not self._on_cuda:
+            self.values = torch.empty(2 * self._matrices)
+        elif self._matrices > self._ROOM:
+            self.values, self._event = self._allocate(self._matrices)
+        else:
+            try:
+                self.values, self._event = self._idle.setdefault(weight.device.index, []).pop()
+            except IndexError:
+                self.values, self._event = self._allocate(self._ROOM)
 
-    def sweep(self, *, want_code: bool) -> tuple[Tensor, Tensor]:
-        """(amax, code); code is empty unless it is wanted."""
-        shape = self._problem.block_shape
-        amax = self._empty(shape)
-        code = self._empty(shape if want_code else (0,), torch.uint8)
-        with self._on_device():
-            self._launch.sweep(self._view, self._problem, self._workspace, amax, code if want_code else None)
-        return amax, code
+    @staticmethod
+    def _allocate(matrices: int) -> tuple[Tensor, Any]:
+        return torch.empty(2 * matrices, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
-    def residual(self, code: Tensor) -> Tensor:
-        error = self._empty(self._problem.block_shape)
-        with self._on_device():
-            self._launch.residual(self._view, self._problem, self._workspace, code, error)
-        return error
+    def mark(self) -> None:
+        """What is launched later is not waited for."""
+        if self._event:
+            self._event.record()
 
-    def pack(self, code: Tensor) -> Tensor:
-        packed = self._empty(self._problem.packed_shape, torch.uint8)
-        with self._on_device():
-            self._launch.pack(self._view, self._problem, self._workspace, code, packed)
-        return packed
-
-    def global_amax(self) -> Tensor:
-        """float32 of the batch axes' shape; infinite or NaN where it is the amax of such elements."""
-        return self._column(self._launch.GLOBAL_AMAX_COLUMN).reshape(self._problem.batch_shape).clone()
-
-    def check_finite(self) -> None:
-        """Wait for what was launched, and raise ValueError if a weight or amax it read was not finite."""
-        largest = self._column(self._launch.LARGEST_COLUMN).cpu().numpy()
-        if not np.isfinite(largest).all():
+    def check(self) -> None:
+        if self._event:
+            self._event.synchronize()
+        values = self.values[: 2 * self._matrices].tolist()
+        if self._event and self._matrices <= self._ROOM:
+            self._idle[self._weight.device.index].append((self.values, self._event))
+        if not all(map(math.isfinite, values[::2])):
             index = torch.nonzero(~torch.isfinite(self._weight))[0].tolist()
             raise problems.nonfinite_error("weight", index, self._weight[tuple(index)].item())
-        if self._given is not None:
-            host_amax(self._given.reshape(self._problem.batch_shape), self._problem)
+        if not all(0 <= amax < math.inf for amax in values[1::2]):
+            amaxes = np.array(values[1::2], np.float32).reshape(self._problem.batch_shape)
+            problems.global_amax_per_matrix(amaxes, self._problem)
 
-    def _column(self, column: int) -> Tensor:
-        matrices, size = self._problem.view_shape[0], self._launch.TABLE_SIZE
-        return self._workspace[: matrices * size].view(matrices, size)[:, column]
 
-    def _device_amax(self, global_amax: Any) -> Tensor:
-        if isinstance(global_amax, Tensor) and global_amax.device.type == "cuda":
-            problems.check_global_amax_shape(tuple(global_amax.shape), self._problem)
-            amax = global_amax.detach().float().broadcast_to(self._problem.batch_shape)
-            return amax.reshape(-1).contiguous()
-        return torch.from_numpy(host_amax(global_amax, self._problem)).to(self._weight.device)
+def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
+    if isinstance(global_amax, Tensor) and global_amax.device.type == "cuda":
+        problems.check_global_amax_shape(tuple(global_amax.shape), asked)
+        amax = global_amax.detach().to(torch.float32)
+        if amax.shape != asked.batch_shape:
+            amax = amax.broadcast_to(asked.batch_shape)
+        return amax.contiguous()
+    return torch.from_numpy(host_amax(global_amax, asked)).to(weight.device)
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._weight.device)
 
-    def _on_device(self) -> contextlib.AbstractContextManager[Any]:
-        if self._weight.device.type == "cuda":
-            return torch.cuda.device(self._weight.device)
-        return contextlib.nullcontext()
+def _empty(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or torch.float32, device=weight.device)
+
+
+def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
+    if weight.device.type == "cuda" and torch.cuda.current_device() != weight.device.index:
+        return torch.cuda.device(weight.device)
+    return contextlib.nullcontext()
 
 
 def _triton_launch() -> Any:

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 import nvfp4sweep
-from nvfp4sweep.formats import NVFP4_MAX
 from nvfp4sweep.problem import Problem, check_packable, make_problem
-from nvfp4sweep_torch._device import DeviceSweep
+from nvfp4sweep_torch import _device
 from nvfp4sweep_torch._tensors import as_weight, check_same_device, choose_engine, host_amax, to_numpy
 
 
@@ -35,38 +34,24 @@ class Options(NamedTuple):
 def run_calibrate(weight: Any, global_amax: Any, options: Options) -> Tensor:
     call = _Call(weight, global_amax, options)
     if call.engine == "triton":
-        sweep = call.on_device()
-        amax, _ = sweep.sweep(want_code=False)
-        call.check(sweep)
-        return amax
+        return call.on_device("amax")[0]
     return call.back(call.on_host(nvfp4sweep.calibrate))
 
 
-def run_sweep(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_sweep(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, ...]:
     """(amax, code, error, global_amax)"""
     call = _Call(weight, global_amax, options)
     if call.engine == "triton":
-        sweep = call.on_device()
-        amax, code = sweep.sweep(want_code=True)
-        result = amax, code, sweep.residual(code), sweep.global_amax()
-        call.check(sweep)
-        return result
-    amax, code, error, shared = call.on_host(nvfp4sweep.sweep)
-    return call.back(amax), call.back(code), call.back(error), call.back(shared)
+        return tuple(call.on_device("amax", "code", "error", "global_amax"))
+    return tuple(map(call.back, call.on_host(nvfp4sweep.sweep)))
 
 
-def run_quantize(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+def run_quantize(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, ...]:
     """(packed, E4M3 codes as uint8, global scale)"""
     call = _Call(weight, global_amax, options)
     check_packable(call.problem)
     if call.engine == "triton":
-        sweep = call.on_device()
-        _, code = sweep.sweep(want_code=True)
-        # A tensor divisor: dividing by a Python number may multiply by its rounded reciprocal.
-        divisor = torch.full((), NVFP4_MAX, device=code.device)
-        result = sweep.pack(code), code, sweep.global_amax() / divisor
-        call.check(sweep)
-        return result
+        return tuple(call.on_device("packed", "code", "global_scale"))
     quantized = call.on_host(nvfp4sweep.quantize)
     code = quantized.scale.view("uint8")
     return call.back(quantized.packed), call.back(code), call.back(quantized.global_scale)
@@ -83,14 +68,10 @@ class _Call:
         self.engine = choose_engine(self.weight, options.implementation)
         check_same_device(global_amax, self.weight)
 
-    def on_device(self) -> DeviceSweep:
-        return DeviceSweep(
-            self.weight, self.problem, self.global_amax, find_largest=self.options.check_finite
+    def on_device(self, *outputs: str) -> list[Tensor]:
+        return _device.run(
+            self.weight, self.problem, self.global_amax, outputs, check_finite=self.options.check_finite
         )
-
-    def check(self, sweep: DeviceSweep) -> None:
-        if self.options.check_finite:
-            sweep.check_finite()
 
     def on_host(self, function: Any) -> Any:
         amax = self.global_amax

@@ -20,7 +20,7 @@ def as_weight(weight: Any, name: str = "weight") -> Tensor:
     problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
     if weight.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} is on device {weight.device}: it must be on the CPU or a CUDA device")
-    plain: Tensor = weight.detach().resolve_neg()
+    plain: Tensor = weight.detach().resolve_neg() if weight.requires_grad or weight.is_neg() else weight
     return plain.float() if plain.dtype is torch.float64 else plain
 
 

@@ -25,8 +25,11 @@ ALLOWED: dict[str, set[str]] = {
     "lanes": set(),
     "cpu_kernels": {"formats", "lanes", "window"},
     "cpu": {"formats", "window", "cpu_kernels"},
-    "triton_kernels": {"formats", "window"},
-    "triton_launch": {"triton_kernels", "problem", "window"},
+    "triton_tables": {"formats", "window"},
+    "triton_blocks": {"formats"},
+    "triton_search": {"triton_blocks", "triton_tables", "window"},
+    "triton_kernels": {"triton_blocks", "triton_search", "triton_tables", "window"},
+    "triton_launch": {"triton_blocks", "triton_kernels", "triton_tables", "problem", "window"},
     "api": {"formats", "oracle", "packing", "problem", "cpu"},
     "__init__": {"api", "formats", "packing"},
 }

@@ -13,49 +13,59 @@ import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from nvfp4sweep import triton_kernels as kernels
+from nvfp4sweep.triton_kernels import sweep
+from nvfp4sweep.triton_tables import largest, tabulate
 
-FLAGS = {"ROWS": True, "FLAT": True, "VECTOR": 8, "BLOCK_SIZE": 16, "CANDIDATES": 10, "T": 128,
-         "SCREENED": True, "HAS_CODE": True, "SIZE": 4096, "HAS_PARTIALS": True, "HAS_AMAX": False,
-         "PARTIALS": 256}
-POINTERS = {"tables": "fp32", "codes": "u8", "amax": "fp32", "code_out": "u8", "partials": "fp32",
-            "given_amax": "fp32", "errors": "fp32", "packed": "u8"}
-FLOATS = {"relative_margin", "absolute_margin", "lower", "upper"}
+CONSTANTS = {"ROWS": 1, "VECTOR": 8, "INNER": False, "BLOCK_SIZE": 16, "CANDIDATES": 9, "BELOW": 1, "T": 32,
+             "AHEAD": 0, "OVERLAP": False, "DENSE": True, "SIZE": 4096, "PARTIALS": 256}
+POINTERS = {"tables": "fp32", "code": "u8", "amax": "fp32", "partials": "fp32", "given_amax": "fp32",
+            "error": "fp32", "packed": "u8", "global_amax": "fp32", "global_scale": "fp32",
+            "checked": "fp32"}
+FLOATS = {"relative_margin", "absolute_margin", "lowest_ratio", "lower", "upper"}
 
-def build(kernel, weight, target, **flags):
-    constants = {n: {**FLAGS, **flags}[n] for n in kernel.arg_names if n in FLAGS}
-    pointers = {**POINTERS, "weight": weight, **({"codes": "fp32"} if kernel is kernels.screen else {})}
+def build(kernel, weight, without=(), **constants):
+    types = {**POINTERS, "weight": weight}
+    chosen = {**CONSTANTS, **constants, **dict.fromkeys(without)}
     signature = {}
     for name in kernel.arg_names:
-        if name in constants:
+        if name in chosen:
             signature[name] = "constexpr"
-        elif name in pointers:
-            signature[name] = "*" + pointers[name]
+        elif name in types:
+            signature[name] = "*" + types[name]
         else:
-            signature[name] = "fp32" if name in FLOATS else "i64" if name == "stride_matrix" else "i32"
-    indices = {(kernel.arg_names.index(n),): v for n, v in constants.items()}
+            annotated = kernel.params[kernel.arg_names.index(name)].annotation_type
+            signature[name] = "fp32" if name in FLOATS else annotated
+    indices = {(kernel.arg_names.index(n),): v for n, v in chosen.items() if n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if n in pointers or n.startswith("stride_") or n in ("n_blocks", "n_elements")}
+               if signature[n].startswith("*")}
     source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=aligned)
-    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    options = {"enable_fp_fusion": False, "num_warps": chosen["T"] // 32 if kernel is sweep else 8}
+    compiled = triton.compile(source, target=target, options=options)
     assert compiled.asm["cubin"]
     return compiled.asm["ptx"]
 
-target = GPUTarget("cuda", int(sys.argv[1]), 32)
+capability = int(sys.argv[1])
+target = GPUTarget("cuda", capability, 32)
+hopper = {"OVERLAP": True, "AHEAD": 4096} if capability >= 90 else {}
+outputs = ("amax", "code", "error", "packed")
 for weight in ("bf16", "fp32", "fp16"):
-    vector = 4 if weight == "fp32" else 8
-    ptx = build(kernels.screen, weight, target, VECTOR=vector)
+    ptx = build(sweep, weight, outputs[1:], VECTOR=4 if weight == "fp32" else 8, **hopper)
     assert "ld.global.v4" in ptx  # 16 bytes a load
-    pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
-    assert ptx.count("fma.rn.f32 ") + 2 * pairs == 4 * 16 * 10  # four an element and candidate
     assert ".shared" not in ptx  # a block stays within its thread
-build(kernels.screen, "fp32", target, VECTOR=4, BLOCK_SIZE=32, CANDIDATES=12)
-build(kernels.screen, "bf16", target, ROWS=False, FLAT=False)
-for kernel in (kernels.settle, kernels.residual, kernels.pack, kernels.largest, kernels.tabulate):
-    ptx = build(kernel, "bf16", target)
-    assert ".ftz.f64" not in ptx
-build(kernels.settle, "bf16", target, SCREENED=False, HAS_CODE=False)
-build(kernels.tabulate, "bf16", target, HAS_PARTIALS=False, HAS_AMAX=True)
+    assert ".local" not in ptx
+    pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
+    # Three an element and candidate, of which the 9 and the one below them are built twice; the first
+    # of each of a candidate's two sums may be a product.
+    assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
+build(sweep, "fp32", outputs[1:], VECTOR=4, BLOCK_SIZE=32, CANDIDATES=12, BELOW=0)
+build(sweep, "bf16", outputs[2:], VECTOR=1, ROWS=0, INNER=True)
+build(sweep, "bf16", (), VECTOR=1, ROWS=2, INNER=True)
+build(sweep, "bf16", ("amax",), VECTOR=1, BLOCK_SIZE=6, CANDIDATES=0, BELOW=0)
+for dense in (False, True):
+    build(largest, "bf16", DENSE=dense)
+ptx = build(tabulate, "bf16", ("given_amax",), **{k: v for k, v in hopper.items() if k == "OVERLAP"})
+assert ".ftz.f64" not in ptx
+build(tabulate, "bf16", ("checked", "global_amax", "global_scale"), PARTIALS=0)
 print("compiled")
 """
 

@@ -1,0 +1,130 @@
+"""The CUDA part of docs/benchmarks.md. A section that the ledger's line lacks is left out."""
+
+from benchmarks.report_tables import CALLS, KERNELS, Row, plain_table, provenance, ratio, shape, table, times
+
+_DTYPES = ("bfloat16", "float32", "float16")
+
+_METHOD = """Where a section below names another weight, that one is timed, and a sample of its blocks is
+compared: amaxes, codes and errors. So it is for axis 0 and for blocks of 32. Times on the device are
+those between two events queued behind a delay, so that launches are hidden. Wall times run from the call
+on an idle device until `torch.cuda.synchronize()` returns, unless a row says otherwise. Weights rotate
+through more memory than the second-level cache holds, except in small calls."""
+
+_SMALL = {
+    "calibrate": "`calibrate(weight)`",
+    "sweep": "sweep alone: global amax given, no check",
+    "sweep_returned": "the same until the call returns, without the wait",
+}
+_EXPERTS = {"stacked": "a global amax an expert", "one_matrix": "the same elements as one matrix"}
+_HARD = {
+    "gaussian": "Gaussian",
+    "sparse": "Gaussian, 9 of 10 elements zero",
+    "uniform": "uniform",
+    "zero": "all zero",
+}
+
+
+def cuda(entry: Row, plot: str) -> str:
+    columns = {dtype: entry[dtype] for dtype in _DTYPES if dtype in entry}
+    lines = [f"## CUDA: {entry['device']}", "", provenance(entry), ""]
+    if "schema" in entry:
+        lines += [_METHOD, ""]
+    if columns:
+        lines += _weight(columns)
+        lines += _facts(columns) if "schema" in entry else _facts_before_schema_2(columns)
+    sections = {"small": _small, "experts": _experts, "hard": _hard}
+    for name, section in sections.items():
+        if name in entry:
+            lines += section(entry[name])
+    if "sizes" in entry:
+        lines += _sizes(entry["sizes"], plot)
+    return "\n".join(lines)
+
+
+def _weight(columns: dict[str, Row]) -> list[str]:
+    device = {dtype: row["device"] for dtype, row in columns.items()}
+    wall = {dtype: row["wall"] for dtype, row in columns.items()}
+    lines = ["Time on the device:", "", *table(device, KERNELS), ""]
+    return [*lines, "Wall time, launches and the wait included:", "", *table(wall, CALLS), ""]
+
+
+def _facts(columns: dict[str, Row]) -> list[str]:
+    rows = columns.values()
+    peak = [row["peak_extra_bytes"] for row in rows]
+    device = [row["device"] for row in rows]
+    facts = {
+        "blocks equal to the oracle's, of all": [f"{row['blocks_equal_to_oracle']:,}" for row in rows],
+        "blocks where ModelOpt's sweep differs": [
+            str(row["blocks_that_differ"].get("modelopt_sweep", "")) for row in rows
+        ],
+        "peak memory beyond weight and result, bytes: sweep alone": [f"{p['sweep']:,}" for p in peak],
+        "the same: `calibrate(weight)`": [f"{p['calibrate']:,}" for p in peak],
+        "sweep alone / floor": [ratio(d, "sweep", "floor") for d in device],
+        "`calibrate` without check / floor": [ratio(d, "calibrate_in_full", "floor") for d in device],
+        "`quantize` without check / floor": [ratio(d, "quantize_in_full", "floor") for d in device],
+        "ModelOpt's sweep / sweep alone": [ratio(d, "modelopt_sweep", "sweep") for d in device],
+        "ModelOpt's reference / sweep alone": [ratio(d, "modelopt_reference", "sweep") for d in device],
+    }
+    lines = ["Correctness, memory, and ratios of the medians on the device:", ""]
+    measured = {name: cells for name, cells in facts.items() if any(cells)}
+    return [*lines, *plain_table(["what", *columns], measured), ""]
+
+
+def _facts_before_schema_2(columns: dict[str, Row]) -> list[str]:
+    """Goes when the newest line of the ledger has a schema."""
+    lines = []
+    for dtype, row in columns.items():
+        blocks = f"{row['blocks_equal_to_oracle']:,}"
+        lines.append(
+            f"- {dtype}: {blocks} of {blocks} blocks equal the oracle's; peak memory beyond weight and result"
+            f" {row['peak_extra_bytes']:,} bytes; the sweep is {row['modelopt_over_sweep']} times faster than"
+            f" ModelOpt's, whose answer differs from the oracle's on {row['modelopt_blocks_that_differ']}"
+            f" blocks."
+        )
+    return [*lines, ""]
+
+
+def _small(section: Row) -> list[str]:
+    lines = ["### Small calls", "", f"Wall time, bfloat16 {shape(section)}, {_compared(section)}:", ""]
+    return [*lines, *table({"time": section}, _SMALL), ""]
+
+
+def _experts(section: Row) -> list[str]:
+    lines = ["### Stacked experts", "", f"Time on the device of the sweep alone, bfloat16 {shape(section)},"]
+    lines += [f"{_compared(section)}. Their ratio is {ratio(section, 'stacked', 'one_matrix')}.", ""]
+    return [*lines, *table({"time": section}, _EXPERTS), ""]
+
+
+def _hard(section: Row) -> list[str]:
+    rows = {
+        text: [times(section[name]), ratio(section, name, "gaussian")]
+        for name, text in _HARD.items()
+        if name in section
+    }
+    lines = ["### Hard and easy weights", ""]
+    lines += [f"Time on the device of the sweep alone, bfloat16, {_compared(section)} of each:", ""]
+    return [*lines, *plain_table(["weight", "time, ms", "of the Gaussian's"], rows), ""]
+
+
+def _sizes(sizes: list[Row], plot: str) -> list[str]:
+    rows = {f"{row['elements']:,}": _size(row) for row in sizes}
+    head = ["elements", "sweep alone, ms", "floor, ms", "sweep / floor", "`calibrate(weight)`, wall, ms"]
+    lines = ["### Time against size", "", f"![Time against the number of elements]({plot})", ""]
+    lines += [
+        "bfloat16; the first and the last 4,096 blocks were compared (fewer where there are fewer):",
+        "",
+    ]
+    return [*lines, *plain_table(head, rows), ""]
+
+
+def _size(row: Row) -> list[str]:
+    return [
+        times(row["sweep"]),
+        times(row["floor"]),
+        ratio(row, "sweep", "floor"),
+        times(row["calibrate_wall"]),
+    ]
+
+
+def _compared(section: Row) -> str:
+    return f"{section['blocks_compared']:,} blocks compared"

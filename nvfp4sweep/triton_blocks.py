@@ -1,0 +1,210 @@
+"""CUDA: a tile of T blocks, a block in each thread: where they lie, their elements, their E2M1 points."""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+from nvfp4sweep import formats
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
+def prefetch(pointers, inside):
+    """Ask for these addresses to be brought to the second-level cache."""
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r", [pointers.to(tl.int64), inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _split(x, T: tl.constexpr, N: tl.constexpr):
+    """The N columns of [T, N] as N vectors [T]."""
+    if N == 1:
+        return (tl.reshape(x, [T]),)
+    else:
+        even, odd = tl.split(tl.reshape(x, [T, N // 2, 2]))
+        return _interleave(_split(even, T, N // 2), _split(odd, T, N // 2))
+
+
+@triton.jit
+def _interleave(a, b):
+    result = ()
+    for i in tl.static_range(len(a)):
+        result = result + (a[i], b[i])
+    return result
+
+
+@triton.jit
+def first_elements(weight, tile, row_stride, block_stride, tiles_per_row, outer_stride, length_blocks, inner,
+            inner_stride, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Pointers to the first elements of a tile's blocks.
+
+    ROWS 1: all blocks of a matrix are block_stride apart. 2: rows of tiles_per_row tiles are. 0: blocks
+    lie [outer, length_blocks, inner], row_stride apart along the second. The two strides count vectors.
+    """
+    lane = tl.arange(0, T)
+    row_stride *= VECTOR
+    block_stride *= VECTOR
+    if ROWS == 1:
+        return weight + tile.to(tl.int64) * T * block_stride + lane * block_stride
+    elif ROWS == 2:
+        weight += (tile // tiles_per_row).to(tl.int64) * row_stride
+        return weight + (tile % tiles_per_row).to(tl.int64) * T * block_stride + lane * block_stride
+    else:
+        block = tile.to(tl.int64) * T + lane
+        row = block // inner
+        return (
+            weight
+            + (row // length_blocks) * outer_stride
+            + (row % length_blocks) * row_stride
+            + (block % inner) * inner_stride
+        )
+
+
+@triton.jit
+def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):
+    """Elements top .. top + 15 of each block, one vector [T] each; 0 where a block has ended."""
+    w = ()
+    if VECTOR > 1:
+        for i in tl.static_range(16 // VECTOR):
+            pointer = blocks[:, None] + (top + i * VECTOR + tl.arange(0, VECTOR))[None, :]
+            w = w + _split(tl.load(pointer, mask=inside[:, None], other=0.0), T, VECTOR)
+    else:
+        for i in tl.static_range(16):
+            exists = inside
+            if BLOCK_SIZE % 16 != 0:
+                exists = inside & (top + i < BLOCK_SIZE)
+            w = w + (tl.load(blocks + (top + i) * step, mask=exists, other=0.0),)
+    return w
+
+
+@triton.jit
+def magnitude_of(w):
+    """|w| as float32; of a bfloat16 by its bits, in fewer instructions."""
+    if w.dtype == tl.bfloat16:
+        return ((w.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return tl.abs(w.to(tl.float32))
+
+
+@triton.jit
+def largest_of(x, START: tl.constexpr, COUNT: tl.constexpr):
+    """Of x[START] .. x[START + COUNT - 1], by a tree: a chain would wait for each step."""
+    if COUNT == 1:
+        return x[START]
+    else:
+        return tl.maximum(largest_of(x, START, COUNT // 2), largest_of(x, START + COUNT // 2, COUNT // 2))
+
+
+@triton.constexpr_function
+def _midpoint(k):
+    return float(formats.E2M1_VALUES[k] + formats.E2M1_VALUES[k + 1]) / 2
+
+
+@triton.constexpr_function
+def _sign_bit(i):
+    """Of nibble i of an int32."""
+    return 8 << (4 * i) if i < 7 else -(2**31)
+
+
+@triton.jit
+def point_thresholds(scale):
+    """What an element must exceed to take the point 1 .. 7 of the grid, ties to the even code.
+
+    x > m scale for a float32 x is x > t, t the largest float32 <= m scale; x >= m scale is x > t, t the
+    largest below it. The products are exact in float64.
+    """
+    wide = scale.to(tl.float64)
+    result = ()
+    for k in tl.static_range(7):
+        exact = wide * _midpoint(k)
+        rounded = exact.to(tl.float32)
+        if k % 2 == 1:  # a tie here goes up
+            above = rounded.to(tl.float64) >= exact
+        else:
+            above = rounded.to(tl.float64) > exact
+        t = (rounded.to(tl.int32, bitcast=True) - above.to(tl.int32)).to(tl.float32, bitcast=True)
+        result = result + (tl.where(scale > 0.0, t, float("inf")),)
+    return result
+
+
+@triton.jit
+def nearest_point(magnitude, thresholds):
+    q = tl.where(magnitude > thresholds[0], 0.5, 0.0)
+    q = tl.where(magnitude > thresholds[1], 1.0, q)
+    q = tl.where(magnitude > thresholds[2], 1.5, q)
+    q = tl.where(magnitude > thresholds[3], 2.0, q)
+    q = tl.where(magnitude > thresholds[4], 3.0, q)
+    q = tl.where(magnitude > thresholds[5], 4.0, q)
+    return tl.where(magnitude > thresholds[6], 6.0, q)
+
+
+@triton.jit
+def squared_error(blocks, inside, step, scale, thresholds,
+                   BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Summed in float64 element by element, as the oracle does."""
+    wide = scale.to(tl.float64)
+    error = tl.zeros([T], tl.float64)
+    for top in range(0, BLOCK_SIZE, 16):
+        w = load_16(blocks, inside, top, step, BLOCK_SIZE, VECTOR, T)
+        for i in tl.static_range(16):
+            magnitude = magnitude_of(w[i])
+            q = nearest_point(magnitude, thresholds)
+            residual = magnitude.to(tl.float64) - q.to(tl.float64) * wide
+            error += residual * residual
+    return error.to(tl.float32)
+
+
+@triton.jit
+def _packed(blocks, inside, top, step, thresholds,
+            BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """The E2M1 codes of elements top .. top + 15, eight a word: the sign is kept on zeros too."""
+    w = load_16(blocks, inside, top, step, BLOCK_SIZE, VECTOR, T)
+    words = ()
+    for half in tl.static_range(2):
+        word = tl.zeros([T], tl.int32)
+        for i in tl.static_range(8):
+            x = w[8 * half + i].to(tl.float32)
+            magnitude = tl.abs(x)
+            for k in tl.static_range(7):
+                word += tl.where(magnitude > thresholds[k], 1 << (4 * i), 0)
+            word |= (x.to(tl.int32, bitcast=True) >> (28 - 4 * i)) & _sign_bit(i)
+        words = words + (word,)
+    return words
+
+
+@triton.jit
+def store_packed(packed, blocks, block, inside, tile, first_block, step, inner, tiles_per_row, thresholds,
+                  ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                  T: tl.constexpr):  # fmt: skip
+    """INNER: axes follow the blocked one, so that a block's bytes lie `inner` apart."""
+    base = (first_block + block) * (BLOCK_SIZE // 2)
+    byte_step = tl.full([], 1, tl.int64)
+    if INNER:
+        if ROWS == 0:
+            row, column = block // inner, block % inner
+        else:
+            row = (tile // tiles_per_row).to(tl.int64)
+            column = (tile % tiles_per_row).to(tl.int64) * T + tl.arange(0, T)
+        base = (first_block + row * inner) * (BLOCK_SIZE // 2) + column
+        byte_step = inner
+    for top in range(0, BLOCK_SIZE, 16):
+        low, high = _packed(blocks, inside, top, step, thresholds, BLOCK_SIZE, VECTOR, T)
+        if BLOCK_SIZE % 16 == 0 and not INNER:
+            words = packed.to(tl.pointer_type(tl.int32), bitcast=True)
+            pointer = words + (base // 4 + top // 8)[:, None] + tl.arange(0, 2)[None, :]
+            tl.store(pointer, tl.join(low, high), mask=inside[:, None])
+        else:
+            for i in tl.static_range(8):
+                byte = ((low if i < 4 else high) >> (8 * (i % 4))) & 255
+                exists = inside & (top + 2 * i < BLOCK_SIZE)
+                pointer = packed + base + (top // 2 + i) * byte_step
+                tl.store(pointer, byte.to(tl.uint8), mask=exists)

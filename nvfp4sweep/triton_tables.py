@@ -1,0 +1,105 @@
+"""CUDA: the tables that a sweep reads, one a matrix, from its global amax.
+
+    largest    the largest |w|: one partial maximum a program, as bits, so that NaN wins
+    tabulate   the global amax and, from it, scales and window bounds by code: one TABLE a matrix
+
+An output that is None is not written.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from nvfp4sweep import formats, window
+
+# One table a matrix, float32: (-scale, -1 / scale) by code, twice; the amax by code; the scalars.
+SECOND_COPY = tl.constexpr(256)
+AMAX = tl.constexpr(512)
+GLOBAL_AMAX = tl.constexpr(640)
+LOWER = tl.constexpr(641)
+UPPER = tl.constexpr(642)
+SCREEN_UPPER = tl.constexpr(643)
+TABLE = tl.constexpr(644)
+
+MAX_CODE = tl.constexpr(formats.MAX_CODE)
+E4M3_TO_FLOAT32 = tl.constexpr(formats.E4M3_TO_FLOAT32)
+E4M3_MAX = tl.constexpr(formats.E4M3_MAX)
+E2M1_MAX = tl.constexpr(formats.E2M1_MAX)
+NVFP4_MAX = tl.constexpr(formats.NVFP4_MAX)
+LEAST_GLOBAL_AMAX = tl.constexpr(window.LEAST_GLOBAL_AMAX)
+LEAST_SCREENED_AMAX = tl.constexpr(window.LEAST_SCREENED_AMAX)
+GREATEST_SCREENED_AMAX = tl.constexpr(window.GREATEST_FLOAT32_PEAK)
+
+
+@triton.jit(do_not_specialize=["matrix_stride", "outer_stride", "length_stride", "inner_stride",
+                               "length", "inner", "n_elements", "matrices", "n_partials",
+                               "tiles_per_program"])  # fmt: skip
+def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, length_stride: tl.int64,
+            inner_stride: tl.int64, length: tl.int64, inner: tl.int64, n_elements: tl.int64,
+            matrices: tl.int32, n_partials: tl.int32, tiles_per_program: tl.int32,
+            DENSE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    part = tl.program_id(0)
+    first = part.to(tl.int64) * tiles_per_program * SIZE
+    for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
+        matrix = tl.full([], 0, tl.int64) + i
+        result = tl.zeros([SIZE], tl.int32)
+        for tile in range(tiles_per_program):
+            element = first + tile * SIZE + tl.arange(0, SIZE)
+            offset = element
+            if not DENSE:
+                row = element // inner
+                offset = (
+                    (row // length) * outer_stride
+                    + (row % length) * length_stride
+                    + (element % inner) * inner_stride
+                )
+            pointer = weight + matrix * matrix_stride + offset
+            w = tl.load(pointer, mask=element < n_elements, other=0.0).to(tl.float32)
+            result = tl.maximum(result, tl.abs(w).to(tl.int32, bitcast=True))
+        bits = tl.max(result, axis=0)
+        tl.store(partials + matrix * n_partials + part, bits.to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n_partials: tl.int32,
+             lower, upper, PARTIALS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """PARTIALS is 0 where nothing was searched. `checked` gets the largest |w| and the amax."""
+    if OVERLAP:  # with what the sweep does before it needs the tables
+        cuda.gdc_launch_dependents()
+    matrix = tl.program_id(0).to(tl.int64)
+    tables += matrix * TABLE
+    found = 0.0
+    if PARTIALS > 0:
+        lanes = tl.arange(0, PARTIALS)
+        partial = tl.load(partials + matrix * n_partials + lanes, mask=lanes < n_partials, other=0.0)
+        found = tl.max(partial.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+    amax = found
+    if given_amax is not None:
+        amax = tl.load(given_amax + matrix)
+    # float64 and one rounding: a float32 product or quotient here could flush subnormals.
+    wide_amax = amax.to(tl.float64)
+    if checked is not None:
+        tl.store(checked + 2 * matrix, found)
+        tl.store(checked + 2 * matrix + 1, amax)
+    if global_amax is not None:
+        tl.store(global_amax + matrix, amax)
+    if global_scale is not None:
+        tl.store(global_scale + matrix, (wide_amax / NVFP4_MAX).to(tl.float32))
+    column = tl.arange(0, 128)
+    code = tl.minimum(column, MAX_CODE)
+    value = tl.where(code < 8, code * 2.0**-9, ((code + E4M3_TO_FLOAT32) << 20).to(tl.float32, bitcast=True))
+    ratio = (value.to(tl.float64) / E4M3_MAX).to(tl.float32)
+    block_amax = (ratio.to(tl.float64) * wide_amax).to(tl.float32)
+    scale = (block_amax.to(tl.float64) / E2M1_MAX).to(tl.float32)
+    divisor = tl.where(amax >= LEAST_GLOBAL_AMAX, tl.maximum(scale, 2.0**-125), 1.0).to(tl.float64)
+    for copy in tl.static_range(2):
+        tl.store(tables + copy * SECOND_COPY + 2 * column, 0.0 - scale)
+        tl.store(tables + copy * SECOND_COPY + 2 * column + 1, (-1.0 / divisor).to(tl.float32))
+    tl.store(tables + AMAX + column, block_amax)
+    tl.store(tables + GLOBAL_AMAX, amax)
+    unit = tl.maximum(amax, LEAST_GLOBAL_AMAX).to(tl.float64) / NVFP4_MAX
+    tl.store(tables + LOWER, (lower / unit).to(tl.float32))
+    tl.store(tables + UPPER, (upper / unit).to(tl.float32))
+    # 0 makes every block undecided.
+    screens = (amax >= LEAST_SCREENED_AMAX) & (amax <= GREATEST_SCREENED_AMAX)
+    tl.store(tables + SCREEN_UPPER, tl.where(screens, (upper / unit).to(tl.float32), 0.0))
