@@ -78,7 +78,8 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                               CANDIDATES - 8, CANDIDATES, BELOW)  # fmt: skip
         survivors = tl.where(fits, bits, 0)
         origin = base - 1
-        best = origin + lowest_bit(tl.maximum(survivors, 1))
+        # Lanes without a block, and those that are still undecided, need a code to look up too.
+        best = tl.where(survivors > 0, origin + lowest_bit(tl.maximum(survivors, 1)), MAX_CODE)
         undecided = inside & ((survivors == 0) | ((survivors & (survivors - 1)) != 0))
     if any_of(undecided):
         first, last = code_window(peak, tables, min_code, last_unhalved)

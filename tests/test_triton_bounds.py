@@ -1,0 +1,75 @@
+"""No kernel touches memory outside its buffers: each lies against a page that may not be read."""
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+pytest.importorskip("torch")
+
+# In a process of its own, which a stray access ends.
+PROGRAM = """
+import ctypes, itertools, math, mmap, os, sys
+os.environ["TRITON_INTERPRET"] = "1"
+import numpy as np
+import torch
+from nvfp4sweep import triton_launch
+from nvfp4sweep.problem import make_problem
+
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+maps = []
+
+def guarded(elements, dtype, at_end):
+    size = max(1, math.prod(elements)) * dtype.itemsize
+    pages = -(-size // PAGE)
+    memory = mmap.mmap(-1, (pages + 2) * PAGE)
+    maps.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    for page in (0, pages + 1):
+        assert libc.mprotect(ctypes.c_void_p(start + page * PAGE), PAGE, 0) == 0
+    offset = PAGE + (pages * PAGE - size if at_end else 0)
+    values = torch.frombuffer(memory, dtype=dtype, count=math.prod(elements), offset=offset)
+    return values.reshape(elements)
+
+def run(shape, at_end, scale, **options):
+    problem = make_problem(shape, **options)
+    weight = guarded(shape, torch.bfloat16, at_end)
+    weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale)
+    view = weight.reshape(problem.view_shape)
+    workspace = guarded((triton_launch.workspace_size(problem),), torch.float32, at_end)
+    matrices = problem.view_shape[0]
+    triton_launch.tabulate(
+        view, problem, workspace,
+        global_amax=guarded((matrices,), torch.float32, at_end),
+        global_scale=guarded((matrices,), torch.float32, at_end),
+        checked=guarded((matrices, 2), torch.float32, at_end),
+    )
+    triton_launch.sweep(
+        view, problem, workspace,
+        amax=guarded(problem.block_shape, torch.float32, at_end),
+        code=guarded(problem.block_shape, torch.uint8, at_end),
+        error=guarded(problem.block_shape, torch.float32, at_end),
+        packed=guarded(problem.packed_shape, torch.uint8, at_end),
+    )
+
+if sys.argv[1] == "stray":  # the guard works
+    guarded((4,), torch.float32, True).data_ptr()
+    ctypes.c_float.from_address(guarded((PAGE // 4,), torch.float32, True).data_ptr() + PAGE).value
+for at_end, scale in itertools.product((False, True), (1.0, 0.0)):
+    run((3, 80), at_end, scale)
+    run((2, 1, 48), at_end, scale, batch_dims=1)
+    run((48, 5), at_end, scale, axis=0)
+    run((2, 64), at_end, scale, block_size=32)
+    run((5, 6), at_end, scale, block_size=6)
+print("within bounds", flush=True)
+os._exit(0)  # the mappings may not be closed while tensors point into them
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards pages by mprotect")
+@pytest.mark.parametrize(("argument", "output"), [("run", "within bounds\n"), ("stray", "")])
+def test_no_access_out_of_bounds(argument: str, output: str) -> None:
+    result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True)
+    assert result.stdout == output, result.stderr[-3000:]
