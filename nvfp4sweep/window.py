@@ -40,7 +40,8 @@ fma(r, r, e). Then |computed - e| <= (n + 32) u e + n 2^-124.
     The rounding: subtracting y from an m whose unit in the last place is the step wanted at y (.5 to 2,
     1 to 4, 2 to 6) rounds y to that step, once. m = 2^22 (ROUNDER_BASE + ROUNDER_SLOPE y^2) enters its next
     binade at y = 2.2 and y = 3.95, where both steps give the same point. Up to y = 26 a y beyond 6 gives 6 or
-    more.
+    more. So does, for scales with s / s' in [8/9, 9/8], the m that they share: 2^22 max(SHARED_ROUNDER_FLOOR,
+    SHARED_ROUNDER_SLOPE y s / s') changes binade at y in [1.76, 2.24] and [3.52, 4.47], and from 7.05 up.
 Hence two computed errors compare rightly if the larger exceeds the smaller by the factor
 1 + 3 (n + 32) u and by 4 n 2^-124 more. Every other pair is settled exactly, and so is every block
 outside the premises.
