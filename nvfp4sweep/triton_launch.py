@@ -1,16 +1,14 @@
-"""Launches of the CUDA kernels: device buffers in, device buffers out, nothing allocated here.
+"""Launches of the CUDA kernels: device buffers in, device buffers out.
 
 A buffer is any object that Triton takes as a pointer (data_ptr() and dtype), such as a tensor. The
 weight comes as a `view` of shape Problem.view_shape [matrices, outer, length, inner], with any
 strides. All launches go to the current stream of the current device, in order, and none waits.
-
-    workspace = <float32 buffer of workspace_size(problem) elements>
-    tabulate(view, problem, workspace)              # or with a given global amax
-    sweep(view, problem, workspace, amax=amax, code=code, error=error, packed=packed)
+`run` does all of it; `tabulate` and `sweep` are its steps, for buffers that are there already.
 """
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from triton.runtime import driver
@@ -48,6 +46,48 @@ _TABULATE_WARPS = 4
 _MOST_PARTIALS = 1024
 
 Strides = tuple[int, ...]
+
+
+_BYTES = ("code", "packed")
+_PER_MATRIX = ("global_amax", "global_scale")
+
+
+def run(
+    view: Any,
+    problem: Problem,
+    outputs: Sequence[str],
+    empty: Callable[[tuple[int, ...], str], Any],
+    given_amax: Any = None,
+    *,
+    checked: Any = None,
+    before_sweep: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """The outputs of these names: amax, code, error, packed, global_amax, global_scale.
+
+    Args:
+        empty: gives a new buffer, as empty(shape, "float32" or "uint8").
+        given_amax, checked: as for tabulate. The weight is read for `checked` only where it is given.
+        before_sweep: called once `checked` is on its way.
+    """
+    shapes = {
+        "amax": problem.block_shape,
+        "code": problem.block_shape,
+        "error": problem.block_shape,
+        "packed": problem.packed_shape,
+        "global_amax": problem.batch_shape,
+        "global_scale": problem.batch_shape,
+    }
+    found = {name: empty(shapes[name], "uint8" if name in _BYTES else "float32") for name in outputs}
+    shared = {name: buffer for name, buffer in found.items() if name in _PER_MATRIX}
+    blockwise = {name: buffer for name, buffer in found.items() if name not in _PER_MATRIX}
+    workspace = empty((workspace_size(problem),), "float32")
+    find_largest = checked is not None
+    tabulate(view, problem, workspace, given_amax, find_largest=find_largest, checked=checked, **shared)
+    if before_sweep is not None:
+        before_sweep()
+    if blockwise:
+        sweep(view, problem, workspace, **blockwise)
+    return found
 
 
 def workspace_size(problem: Problem) -> int:

@@ -83,31 +83,15 @@ def through_torch(
         view = tensor.reshape(problem.view_shape)
         given = None if global_amax is None else torch.from_numpy(global_amax.reshape(-1)).to(device)
 
-        def empty(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+        def empty(shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+            return torch.empty(shape, dtype=getattr(torch, dtype), device=device)
 
-        shapes = {
-            "amax": problem.block_shape, "code": problem.block_shape, "error": problem.block_shape,
-            "packed": problem.packed_shape, "global_amax": problem.batch_shape,
-            "global_scale": problem.batch_shape,
-        }  # fmt: skip
-        found = {
-            name: empty(shapes[name], torch.uint8 if name in ("code", "packed") else torch.float32)
-            for name in outputs
-        }
-        checked = empty((len(view), 2))
-        workspace = empty((triton_launch.workspace_size(problem),))
-        triton_launch.tabulate(
-            view, problem, workspace, given, find_largest=check_finite, checked=checked,
-            global_amax=found.get("global_amax"), global_scale=found.get("global_scale"),
-        )  # fmt: skip
-        blockwise = {name: x for name, x in found.items() if not name.startswith("global_")}
-        triton_launch.sweep(view, problem, workspace, **blockwise)
-
+        checked = empty((len(view), 2), "float32") if check_finite else None
+        found = triton_launch.run(view, problem, outputs, empty, given, checked=checked)
         copies = {name: jnp.copy(jax.dlpack.from_dlpack(x)) for name, x in found.items()}
         for copy in copies.values():
             copy.block_until_ready()
-        finite = not check_finite or bool(checked[:, 0].isfinite().all())
+        finite = checked is None or bool(checked[:, 0].isfinite().all())
         if tensor.is_cuda:
             torch.cuda.current_stream().synchronize()
     if not finite:

@@ -12,16 +12,7 @@ from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
 from nvfp4sweep_torch._tensors import host_amax
 
-_SHAPES = {
-    "amax": "block_shape",
-    "code": "block_shape",
-    "error": "block_shape",
-    "packed": "packed_shape",
-    "global_amax": "batch_shape",
-    "global_scale": "batch_shape",
-}
-_BYTES = {"code", "packed"}
-_PER_MATRIX = ("global_amax", "global_scale")
+_DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 
 
 def run(
@@ -36,25 +27,19 @@ def run(
     view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
     with _on_device(weight):
         given = None if global_amax is None else _device_amax(global_amax, weight, asked)
-        workspace = _empty(weight, (launch.workspace_size(asked),))
-        found = {
-            name: _empty(weight, getattr(asked, _SHAPES[name]), torch.uint8 if name in _BYTES else None)
-            for name in outputs
-        }
-        shared = {name: found[name] for name in _PER_MATRIX if name in found}
-        blockwise = {name: found[name] for name in outputs if name not in shared}
         watch = _Watch(weight, asked) if check_finite else None
-        launch.tabulate(
-            view, asked, workspace, given,
-            find_largest=check_finite, checked=watch and watch.values, **shared,
-        )  # fmt: skip
-        if watch:
-            watch.mark()
-        if blockwise:
-            launch.sweep(view, asked, workspace, **blockwise)
+        found = launch.run(
+            view,
+            asked,
+            outputs,
+            lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=weight.device),
+            given,
+            checked=watch and watch.values,
+            before_sweep=watch and watch.mark,
+        )
         if watch:
             watch.check()
-    return [found[name] for name in outputs]
+    return list(found.values())
 
 
 class _Watch:
@@ -113,10 +98,6 @@ def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
             amax = amax.broadcast_to(asked.batch_shape)
         return amax.contiguous()
     return torch.from_numpy(host_amax(global_amax, asked)).to(weight.device)
-
-
-def _empty(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or torch.float32, device=weight.device)
 
 
 def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -38,20 +38,10 @@ def run(shape, at_end, scale, **options):
     weight = guarded(shape, torch.bfloat16, at_end)
     weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale)
     view = weight.reshape(problem.view_shape)
-    workspace = guarded((triton_launch.workspace_size(problem),), torch.float32, at_end)
-    matrices = problem.view_shape[0]
-    triton_launch.tabulate(
-        view, problem, workspace,
-        global_amax=guarded((matrices,), torch.float32, at_end),
-        global_scale=guarded((matrices,), torch.float32, at_end),
-        checked=guarded((matrices, 2), torch.float32, at_end),
-    )
-    triton_launch.sweep(
-        view, problem, workspace,
-        amax=guarded(problem.block_shape, torch.float32, at_end),
-        code=guarded(problem.block_shape, torch.uint8, at_end),
-        error=guarded(problem.block_shape, torch.float32, at_end),
-        packed=guarded(problem.packed_shape, torch.uint8, at_end),
+    outputs = ("amax", "code", "error", "packed", "global_amax", "global_scale")
+    triton_launch.run(
+        view, problem, outputs, lambda shape, dtype: guarded(shape, getattr(torch, dtype), at_end),
+        checked=guarded((len(view), 2), torch.float32, at_end),
     )
 
 if sys.argv[1] == "stray":  # the guard works
