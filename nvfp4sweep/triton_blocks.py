@@ -6,6 +6,7 @@ from triton import knobs
 
 from nvfp4sweep import formats
 
+# The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding, and knows no assembly.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -44,7 +45,7 @@ def _interleave(a, b):
 
 @triton.jit
 def first_elements(weight, tile, row_stride, block_stride, tiles_per_row, outer_stride, length_blocks, inner,
-            inner_stride, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+                   inner_stride, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Pointers to the first elements of a tile's blocks.
 
     ROWS 1: all blocks of a matrix are block_stride apart. 2: rows of tiles_per_row tiles are. 0: blocks
