@@ -150,7 +150,7 @@ def nearest_point(magnitude, thresholds):
 
 @triton.jit
 def squared_error(blocks, inside, step, scale, thresholds,
-                   BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
+                  BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Summed in float64 element by element, as the oracle does."""
     wide = scale.to(tl.float64)
     error = tl.zeros([T], tl.float64)
@@ -184,8 +184,8 @@ def _packed(blocks, inside, top, step, thresholds,
 
 @triton.jit
 def store_packed(packed, blocks, block, inside, tile, first_block, step, inner, tiles_per_row, thresholds,
-                  ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                  T: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                 T: tl.constexpr):  # fmt: skip
     """INNER: axes follow the blocked one, so that a block's bytes lie `inner` apart."""
     base = (first_block + block) * (BLOCK_SIZE // 2)
     byte_step = tl.full([], 1, tl.int64)

@@ -200,6 +200,8 @@ def _plan(problem: Problem, strides: Strides, element_size: int, tuning: _Tuning
     block_size = problem.block_size
     matrices, outer, length, inner = problem.view_shape
     matrix_stride, outer_stride, step, inner_stride = strides
+    if matrices == 1:
+        matrix_stride = 0  # it leads nowhere, whatever it is
     length_blocks = length // block_size
     n_blocks = outer * length_blocks * inner
     tiles = -(-n_blocks // tile)
@@ -224,14 +226,14 @@ def _plan(problem: Problem, strides: Strides, element_size: int, tuning: _Tuning
 
     vector = 1
     if inner == 1 and step == 1 and block_size % 16 == 0:
-        vector = math.gcd(16 // element_size, row_stride, block_stride, matrix_stride if matrices > 1 else 0)
+        vector = math.gcd(16 // element_size, row_stride, block_stride, matrix_stride)
 
     candidates = most_candidates(block_size) if block_size in _SCREENED_BLOCK_SIZES else 0
     bounds = window(block_size)
     return _Plan(
         (tiles, min(matrices, _MOST_ROWS)),
         (
-            matrix_stride // vector if matrices > 1 else 0, outer_stride, row_stride // vector,
+            matrix_stride // vector, outer_stride, row_stride // vector,
             block_stride // vector, step, inner_stride,
             length_blocks, inner, n_blocks, matrices, columns // tile if layout == 2 else tiles, block_size,
             problem.min_code, last_unhalved_code(problem.min_code),

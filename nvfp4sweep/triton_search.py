@@ -97,7 +97,7 @@ def _squares(magnitude, rounder, negative_scale, negative_inverse, CLIP: tl.cons
 
 @triton.jit
 def find_survivors(magnitude, peak, scales, lowest_ratio, relative_margin, absolute_margin,
-               CLIPPING: tl.constexpr, CANDIDATES: tl.constexpr, BELOW: tl.constexpr):  # fmt: skip
+                   CLIPPING: tl.constexpr, CANDIDATES: tl.constexpr, BELOW: tl.constexpr):  # fmt: skip
     """The codes that may have the least error: bit j + 1 for scales[2 * j], j < CANDIDATES.
 
     Elements may exceed 7 scales only at the first CLIPPING codes. BELOW: bit 0 for scales[-2], which

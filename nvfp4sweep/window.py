@@ -127,13 +127,8 @@ def last_unhalved_code(min_code: int) -> int:
 def most_candidates(block_size: int) -> int:
     """The most codes that a window holds where both theorems have their premises: 10 for 16."""
     bounds = window(block_size)
-    return _most_codes(bounds.upper / bounds.lower)
-
-
-def _most_codes(ratio: float) -> int:
-    """The most codes with values in [v, v ratio), v a value with both a half and a double."""
     values = E4M3_VALUES
     return max(
-        int(np.count_nonzero((values >= v) & (values < v * ratio)))
+        int(np.count_nonzero((values >= v) & (values < v * bounds.upper / bounds.lower)))
         for v in values[LAST_UNHALVED_CODE + 1 : FIRST_UNDOUBLED_CODE]
     )

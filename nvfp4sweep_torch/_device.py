@@ -55,9 +55,8 @@ class _Watch:
         self._weight = weight
         self._problem = asked
         self._matrices = asked.view_shape[0]
-        self._on_cuda = weight.device.type == "cuda"
         self._event = None
-        if not self._on_cuda:
+        if weight.device.type != "cuda":
             self.values = torch.empty(2 * self._matrices)
         elif self._matrices > self._ROOM:
             self.values, self._event = self._allocate(self._matrices)
