@@ -79,11 +79,14 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
             pointer = blocks[:, None] + (top + i * VECTOR + tl.arange(0, VECTOR))[None, :]
             w = w + _split(tl.load(pointer, mask=inside[:, None], other=0.0), T, VECTOR)
     else:
-        for i in tl.static_range(16):
-            exists = inside
-            if BLOCK_SIZE % 16 != 0:
-                exists = inside & (top + i < BLOCK_SIZE)
-            w = w + (tl.load(blocks + (top + i) * step, mask=exists, other=0.0),)
+        i = tl.arange(0, 16)[None, :]
+        exists = inside[:, None]
+        if BLOCK_SIZE % 16 != 0:
+            exists = exists & (top + i < BLOCK_SIZE)
+        # Said to be contiguous down the tile, or threads would share a block; nothing is said of alignment,
+        # so that no load is wider for it. One load, since each costs Triton up to 0.2 s to compile.
+        pointers = tl.max_contiguous(blocks[:, None] + (top + i) * step, [T, 1])
+        w = _split(tl.load(pointers, mask=exists, other=0.0), T, 16)
     return w
 
 

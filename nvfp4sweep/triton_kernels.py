@@ -68,7 +68,9 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
         next_to_last = 0.0 - tl.load(scales + 2 * (CANDIDATES - 2))
         fits = (base >= least_base) & (peak <= CLIPPING_RATIO * next_to_last)
         octave_below = 0.0 - tl.load(scales + 2 * (CANDIDATES - 8))
-        if any_of(fits & (peak > CLIPPING_RATIO * octave_below)):
+        # Longer blocks always pay for the ends of the range: two searches take Triton four times as long
+        # to compile as one.
+        if BLOCK_SIZE > 16 or any_of(fits & (peak > CLIPPING_RATIO * octave_below)):
             # From a copy, or the compiler moves what both branches share to before them, and the
             # registers that hold it cost more than it saves.
             bits = find_survivors(magnitude, peak, scales + SECOND_COPY, lowest_ratio, relative_margin,

@@ -1,14 +1,13 @@
 """Launches of the CUDA kernels: device buffers in, device buffers out.
 
-A buffer is any object that Triton takes as a pointer (data_ptr() and dtype), such as a tensor. The
-weight comes as a `view` of shape Problem.view_shape [matrices, outer, length, inner], with any
-strides. All launches go to the current stream of the current device, in order, and none waits.
-`run` does all of it; `tabulate` and `sweep` are its steps, for buffers that are there already.
+A buffer is any object that Triton takes as a pointer (data_ptr() and dtype), such as a tensor. All
+launches go to the current stream of the current device, in order, and none waits. What they need to
+know of a weight's layout is worked out once and kept: a call looks it up, allocates and launches.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from triton.runtime import driver
@@ -21,21 +20,23 @@ from nvfp4sweep.window import FIRST_NORMAL_CODE, last_unhalved_code, most_candid
 # Block sizes whose whole block fits in a thread's registers; others are compared exactly at every code.
 _SCREENED_BLOCK_SIZES = (16, 32)
 
-TABLE: int = triton_tables.TABLE.value
+_TABLE: int = triton_tables.TABLE.value
 
 
 class _Tuning(NamedTuple):
-    """How triton_kernels.sweep is built for an architecture and a size of element."""
+    """How triton_kernels.sweep is built for an architecture, a size of element and of block."""
 
     warps: int = 1  # a program; a block a thread
     registers: int | None = None  # a thread's most, None for the compiler's choice
     ahead: int = 0  # a tile so many further on is fetched to the second-level cache; 0 for none
 
 
-# By compute capability and bytes an element; measured by benchmarks.cuda on an H200.
+# By compute capability, bytes an element and block size; measured by benchmarks.cuda on an H200.
 _TUNING = {
-    (90, 2): _Tuning(registers=72, ahead=4096),
-    (90, 4): _Tuning(registers=72, ahead=4096),
+    (90, 2, 16): _Tuning(registers=72, ahead=4096),
+    (90, 4, 16): _Tuning(registers=72, ahead=4096),
+    (90, 2, 32): _Tuning(registers=112, ahead=4096),
+    (90, 4, 32): _Tuning(registers=112, ahead=4096),
 }
 _DEFAULT_TUNING = _Tuning()
 
@@ -43,19 +44,20 @@ _MOST_ROWS = 65535  # of a grid
 _LARGEST_TILE = 4096
 _LARGEST_WARPS = 8
 _TABULATE_WARPS = 4
+_PARTIALS_TILE = 1024
+_MOST_DIRECT = 4 * _PARTIALS_TILE  # elements of a matrix that tabulate searches itself
 _MOST_PARTIALS = 1024
-
-Strides = tuple[int, ...]
-
 
 _BYTES = ("code", "packed")
 _PER_MATRIX = ("global_amax", "global_scale")
+
+Strides = tuple[int, ...]
 
 
 def run(
     view: Any,
     problem: Problem,
-    outputs: Sequence[str],
+    outputs: tuple[str, ...],
     empty: Callable[[tuple[int, ...], str], Any],
     given_amax: Any = None,
     *,
@@ -65,10 +67,92 @@ def run(
     """The outputs of these names: amax, code, error, packed, global_amax, global_scale.
 
     Args:
+        view: the weight, of shape Problem.view_shape [matrices, outer, length, inner] and any strides.
         empty: gives a new buffer, as empty(shape, "float32" or "uint8").
-        given_amax, checked: as for tabulate. The weight is read for `checked` only where it is given.
+        given_amax: the global amaxes to use, float32 [matrices]; None takes the weight's own.
+        checked: gets the largest |w|, infinite or NaN if an element is, and the global amax of each
+            matrix: float32 [matrices, 2]. Without it a weight whose amax is given is not searched.
         before_sweep: called once `checked` is on its way.
     """
+    search = checked is not None or given_amax is None
+    plan = _plan(problem, outputs, view.stride(), view.element_size(), _capability(), search)
+    found = {name: empty(shape, dtype) for name, shape, dtype in plan.outputs}
+    workspace = empty((plan.workspace_size,), "float32")
+    partials = view if search else workspace
+    if plan.find_largest:
+        partials = workspace[plan.partials :]
+        plan.find_largest(view, partials)
+    if plan.tabulate:
+        plan.tabulate(
+            partials, given_amax, workspace, found.get("global_amax"), found.get("global_scale"), checked
+        )
+    if before_sweep is not None:
+        before_sweep()
+    if plan.sweep:
+        plan.sweep(
+            view, workspace, found.get("amax"), found.get("code"), found.get("error"), found.get("packed")
+        )
+    return found
+
+
+class _Launch:
+    """A kernel and all its arguments but the buffers, which come first."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, int],
+        numbers: tuple[Any, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+        **options: Any,
+    ):
+        self._kernel = kernel
+        self._grid = (*grid, 1)
+        self._rest = (*numbers, *constants)
+        self._options = {"num_warps": warps, **options}
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *buffers: Any) -> None:
+        """Triton's own way to a compiled kernel takes longer than a small sweep. What it specializes a
+        kernel by is all in the key, or in this object; the numbers are exempt (do_not_specialize)."""
+        if INTERPRETED.value:
+            self._kernel[self._grid](*buffers, *self._rest, num_warps=self._options["num_warps"])
+            return
+        device = driver.active.get_current_device()
+        addresses = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
+        key = (device, buffers[0].dtype, *[a if a is None else a % 16 for a in addresses])
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            # Fused multiply-adds are written out where they are meant: Triton's default changes in 3.10.
+            self._compiled[key] = self._kernel[self._grid](
+                *buffers, *self._rest, enable_fp_fusion=False, **self._options
+            )
+        else:
+            stream = driver.active.get_current_stream(device)
+            compiled[self._grid](*addresses, *self._rest, stream=stream)
+
+
+class _Plan(NamedTuple):
+    """A call of `run`: its buffers and its launches, None where there is nothing to do."""
+
+    outputs: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
+    workspace_size: int  # float32 elements: a TABLE a matrix, and the partial maxima
+    partials: int  # where those begin
+    find_largest: _Launch | None
+    tabulate: _Launch | None
+    sweep: _Launch | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    problem: Problem,
+    outputs: tuple[str, ...],
+    strides: Strides,
+    element_size: int,
+    capability: int,
+    search: bool,
+) -> _Plan:
     shapes = {
         "amax": problem.block_shape,
         "code": problem.block_shape,
@@ -77,133 +161,58 @@ def run(
         "global_amax": problem.batch_shape,
         "global_scale": problem.batch_shape,
     }
-    found = {name: empty(shapes[name], "uint8" if name in _BYTES else "float32") for name in outputs}
-    shared = {name: buffer for name, buffer in found.items() if name in _PER_MATRIX}
-    blockwise = {name: buffer for name, buffer in found.items() if name not in _PER_MATRIX}
-    workspace = empty((workspace_size(problem),), "float32")
-    find_largest = checked is not None
-    tabulate(view, problem, workspace, given_amax, find_largest=find_largest, checked=checked, **shared)
-    if before_sweep is not None:
-        before_sweep()
-    if blockwise:
-        sweep(view, problem, workspace, **blockwise)
-    return found
-
-
-def workspace_size(problem: Problem) -> int:
-    """Elements of the float32 workspace that the other functions need."""
+    buffers = tuple((name, shapes[name], "uint8" if name in _BYTES else "float32") for name in outputs)
     matrices = problem.view_shape[0]
-    return matrices * (TABLE + _n_partials(problem))
-
-
-def tabulate(
-    view: Any,
-    problem: Problem,
-    workspace: Any,
-    given_amax: Any = None,
-    *,
-    find_largest: bool = True,
-    global_amax: Any = None,
-    global_scale: Any = None,
-    checked: Any = None,
-) -> None:
-    """Fill the workspace's tables, and what is given of these float32 buffers.
-
-    Args:
-        given_amax: the global amaxes to use, float32 [matrices]; None takes the weight's own.
-        find_largest: read the weight for its largest |w|, which is infinite or NaN if an element is.
-        global_amax: gets the global amaxes used, [matrices].
-        global_scale: gets them divided by 2688, [matrices].
-        checked: gets the largest |w| (0 unless searched) and the global amax, [matrices, 2].
-    """
-    plan = _tabulate_plan(problem, view.stride())
-    if not plan.matrices:
-        return
-    partials = workspace[plan.matrices * TABLE :]
-    search = find_largest or given_amax is None
-    if search:
-        _launch(
-            triton_tables.largest, (plan.n_partials, min(plan.matrices, _MOST_ROWS)), (view, partials),
-            plan.numbers, plan.constants, _LARGEST_WARPS,
-        )  # fmt: skip
-    _launch(
-        triton_tables.tabulate, (plan.matrices, 1),
-        (partials, given_amax, workspace, global_amax, global_scale, checked),
-        (plan.n_partials, *plan.bounds), (plan.lanes if search else 0, _overlaps(_capability())),
-        _TABULATE_WARPS,
+    if not matrices:
+        return _Plan(buffers, 0, 0, None, None, None)
+    find_largest, n_partials = _find_largest(problem, strides) if search else (None, 0)
+    bounds = window(problem.block_size)
+    blockwise = any(name not in _PER_MATRIX for name in outputs)
+    return _Plan(
+        buffers,
+        matrices * (_TABLE + (n_partials if find_largest else 0)),
+        matrices * _TABLE,
+        find_largest,
+        _Launch(
+            triton_tables.tabulate, (matrices, 1), (n_partials, bounds.lower, bounds.upper),
+            (_PARTIALS_TILE if search else 0, _overlaps(capability)), _TABULATE_WARPS,
+        ),
+        _sweep(problem, strides, element_size, capability) if blockwise else None,
     )  # fmt: skip
 
 
-def sweep(
-    view: Any,
-    problem: Problem,
-    workspace: Any,
-    *,
-    amax: Any = None,
-    code: Any = None,
-    error: Any = None,
-    packed: Any = None,
-) -> None:
-    """Write, of every block, what is given of: its amax (float32), its E4M3 code (uint8) and its squared
-    error (float32), each of problem.block_shape; its E2M1 codes (uint8, problem.packed_shape)."""
-    capability = _capability()
-    element_size = view.element_size()
-    tuning = _TUNING.get((capability, element_size), _DEFAULT_TUNING)
-    plan = _plan(problem, view.stride(), element_size, tuning)
-    if all(plan.grid):
-        overlap = _overlaps(capability)
-        _launch(
-            triton_kernels.sweep, plan.grid, (view, workspace, amax, code, error, packed), plan.numbers,
-            (*plan.constants, overlap), tuning.warps, maxnreg=tuning.registers, launch_pdl=overlap,
-        )  # fmt: skip
+def _find_largest(problem: Problem, strides: Strides) -> tuple[_Launch | None, int]:
+    """The launch that finds each matrix's partial maxima, and their number.
 
-
-class _TabulatePlan(NamedTuple):
-    """Launches of triton_tables: the arguments of `largest` after the buffers, and what tabulate needs."""
-
-    matrices: int
-    n_partials: int
-    lanes: int
-    bounds: tuple[float, float]
-    numbers: tuple[int, ...]
-    constants: tuple[Any, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _tabulate_plan(problem: Problem, strides: Strides) -> _TabulatePlan:
+    A small matrix without gaps needs none: its elements are as good as partial maxima.
+    """
     matrices, _, length, inner = problem.view_shape
     n_elements = math.prod(problem.matrix_shape)
-    n_partials = _n_partials(problem)
+    dense = _is_dense(problem.view_shape, strides)
+    if dense and n_elements <= _MOST_DIRECT and (matrices == 1 or strides[0] == n_elements):
+        return None, n_elements
     tiles = -(-n_elements // _LARGEST_TILE)
-    bounds = window(problem.block_size)
-    return _TabulatePlan(
-        matrices,
-        n_partials,
-        1 << (n_partials - 1).bit_length(),
-        (bounds.lower, bounds.upper),
+    n_partials = max(1, min(tiles, _MOST_PARTIALS // matrices))
+    launch = _Launch(
+        triton_tables.largest, (n_partials, min(matrices, _MOST_ROWS)),
         (*strides, length, inner, n_elements, matrices, n_partials, -(-tiles // n_partials)),
-        (_is_dense(problem.view_shape, strides), _LARGEST_TILE),
-    )
+        (dense, _LARGEST_TILE), _LARGEST_WARPS,
+    )  # fmt: skip
+    return launch, n_partials
 
 
-class _Plan(NamedTuple):
-    """A launch of triton_kernels.sweep: its arguments after the buffers."""
-
-    grid: tuple[int, int]
-    numbers: tuple[Any, ...]
-    constants: tuple[Any, ...]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, strides: Strides, element_size: int, tuning: _Tuning) -> _Plan:
-    tile = 32 * tuning.warps
+def _sweep(problem: Problem, strides: Strides, element_size: int, capability: int) -> _Launch | None:
     block_size = problem.block_size
+    tuning = _TUNING.get((capability, element_size, block_size), _DEFAULT_TUNING)
+    tile = 32 * tuning.warps
     matrices, outer, length, inner = problem.view_shape
     matrix_stride, outer_stride, step, inner_stride = strides
     if matrices == 1:
         matrix_stride = 0  # it leads nowhere, whatever it is
     length_blocks = length // block_size
     n_blocks = outer * length_blocks * inner
+    if not n_blocks:
+        return None
     tiles = -(-n_blocks // tile)
     along = step * block_size  # from a block to the next along `axis`
 
@@ -230,7 +239,9 @@ def _plan(problem: Problem, strides: Strides, element_size: int, tuning: _Tuning
 
     candidates = most_candidates(block_size) if block_size in _SCREENED_BLOCK_SIZES else 0
     bounds = window(block_size)
-    return _Plan(
+    overlap = _overlaps(capability)
+    return _Launch(
+        triton_kernels.sweep,
         (tiles, min(matrices, _MOST_ROWS)),
         (
             matrix_stride // vector, outer_stride, row_stride // vector,
@@ -242,8 +253,9 @@ def _plan(problem: Problem, strides: Strides, element_size: int, tuning: _Tuning
         ),
         (
             layout, vector, inner > 1, block_size, candidates // 3 * 3, candidates % 3, tile,
-            tuning.ahead if layout == 1 and vector > 1 else 0,
+            tuning.ahead if layout == 1 and vector > 1 else 0, overlap,
         ),
+        tuning.warps, maxnreg=tuning.registers, launch_pdl=overlap,
     )  # fmt: skip
 
 
@@ -260,46 +272,6 @@ def _capability_of(device: int) -> int:
 def _overlaps(capability: int) -> bool:
     """Whether the sweep may start before tabulate has ended (programmatic dependent launch)."""
     return capability >= 90
-
-
-_compiled: dict[tuple[Any, ...], Any] = {}
-
-
-def _launch(
-    kernel: Any,
-    grid: tuple[int, int],
-    buffers: tuple[Any, ...],
-    numbers: tuple[Any, ...],
-    constants: tuple[Any, ...],
-    warps: int,
-    **options: Any,
-) -> None:
-    """Launch a kernel whose parameters are these, in this order.
-
-    Triton's own way to a compiled kernel takes longer than a small sweep; what it specializes a kernel
-    by is only the key here, since the numbers are exempt (do_not_specialize).
-    """
-    if INTERPRETED.value:
-        kernel[grid](*buffers, *numbers, *constants, num_warps=warps)
-        return
-    device = driver.active.get_current_device()
-    addresses = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
-    alignments = tuple([None if address is None else address % 16 for address in addresses])
-    key = (kernel, device, constants, buffers[0].dtype, alignments)
-    compiled = _compiled.get(key)
-    if compiled is None:
-        # Fused multiply-adds are written out where they are meant: Triton's own default changes in 3.10.
-        _compiled[key] = kernel[grid](
-            *buffers, *numbers, *constants, num_warps=warps, enable_fp_fusion=False, **options
-        )
-    else:
-        stream = driver.active.get_current_stream(device)
-        compiled[(*grid, 1)](*addresses, *numbers, *constants, stream=stream)
-
-
-def _n_partials(problem: Problem) -> int:
-    tiles = -(-math.prod(problem.matrix_shape) // _LARGEST_TILE)
-    return max(1, min(tiles, _MOST_PARTIALS // max(1, problem.view_shape[0])))
 
 
 def _is_dense(shape: tuple[int, ...], strides: Strides) -> bool:

@@ -62,17 +62,21 @@ def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, l
 
 @triton.jit(do_not_specialize=["n_partials"])
 def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n_partials: tl.int32,
-             lower, upper, PARTIALS: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
-    """PARTIALS is 0 where nothing was searched. `checked` gets the largest |w| and the amax."""
+             lower, upper, SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """`partials` are n_partials floats a matrix, the largest |w| among them; so many at a time, none where
+    SIZE is 0. `checked` gets the largest |w| and the amax."""
     if OVERLAP:  # with what the sweep does before it needs the tables
         cuda.gdc_launch_dependents()
     matrix = tl.program_id(0).to(tl.int64)
     tables += matrix * TABLE
     found = 0.0
-    if PARTIALS > 0:
-        lanes = tl.arange(0, PARTIALS)
-        partial = tl.load(partials + matrix * n_partials + lanes, mask=lanes < n_partials, other=0.0)
-        found = tl.max(partial.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+    if SIZE > 0:
+        bits = tl.zeros([SIZE], tl.int32)
+        for start in range(0, n_partials, SIZE):
+            lanes = start + tl.arange(0, SIZE)
+            partial = tl.load(partials + matrix * n_partials + lanes, mask=lanes < n_partials, other=0.0)
+            bits = tl.maximum(bits, tl.abs(partial.to(tl.float32)).to(tl.int32, bitcast=True))
+        found = tl.max(bits, axis=0).to(tl.float32, bitcast=True)
     amax = found
     if given_amax is not None:
         amax = tl.load(given_amax + matrix)

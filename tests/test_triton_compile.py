@@ -17,14 +17,14 @@ from nvfp4sweep.triton_kernels import sweep
 from nvfp4sweep.triton_tables import largest, tabulate
 
 CONSTANTS = {"ROWS": 1, "VECTOR": 8, "INNER": False, "BLOCK_SIZE": 16, "CANDIDATES": 9, "BELOW": 1, "T": 32,
-             "AHEAD": 0, "OVERLAP": False, "DENSE": True, "SIZE": 4096, "PARTIALS": 256}
+             "AHEAD": 0, "OVERLAP": False, "DENSE": True, "SIZE": 1024}
 POINTERS = {"tables": "fp32", "code": "u8", "amax": "fp32", "partials": "fp32", "given_amax": "fp32",
             "error": "fp32", "packed": "u8", "global_amax": "fp32", "global_scale": "fp32",
             "checked": "fp32"}
 FLOATS = {"relative_margin", "absolute_margin", "lowest_ratio", "lower", "upper"}
 
-def build(kernel, weight, without=(), **constants):
-    types = {**POINTERS, "weight": weight}
+def build(kernel, weight, without=(), partials="fp32", **constants):
+    types = {**POINTERS, "weight": weight, "partials": partials}
     chosen = {**CONSTANTS, **constants, **dict.fromkeys(without)}
     signature = {}
     for name in kernel.arg_names:
@@ -64,7 +64,8 @@ if full:
     build(sweep, "bf16", outputs[2:], VECTOR=1, ROWS=0, INNER=True)
     build(sweep, "bf16", ("amax",), VECTOR=1, BLOCK_SIZE=6, CANDIDATES=0, BELOW=0)
     build(largest, "bf16", DENSE=False)
-    build(tabulate, "bf16", ("checked", "global_amax", "global_scale"), PARTIALS=0)
+    build(tabulate, "bf16", ("checked", "global_amax", "global_scale"), SIZE=0)
+    build(tabulate, "bf16", ("given_amax",), partials="bf16")
 build(largest, "bf16")
 overlap = {k: v for k, v in hopper.items() if k == "OVERLAP"}
 assert ".ftz.f64" not in build(tabulate, "bf16", ("given_amax",), **overlap)
