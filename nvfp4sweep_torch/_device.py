@@ -1,6 +1,7 @@
 """A sweep by the core's CUDA kernels: allocate, launch on the current stream, check."""
 
 import contextlib
+import functools
 import math
 from typing import Any
 
@@ -91,9 +92,9 @@ class _Watch:
 
 def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
     if isinstance(global_amax, Tensor) and global_amax.device.type == "cuda":
-        problems.check_global_amax_shape(tuple(global_amax.shape), asked)
-        amax = global_amax.detach().to(torch.float32)
+        amax = global_amax.to(torch.float32)
         if amax.shape != asked.batch_shape:
+            problems.check_global_amax_shape(tuple(amax.shape), asked)
             amax = amax.broadcast_to(asked.batch_shape)
         return amax.contiguous()
     return torch.from_numpy(host_amax(global_amax, asked)).to(weight.device)
@@ -105,6 +106,7 @@ def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+@functools.cache
 def _triton_launch() -> Any:
     try:
         from nvfp4sweep import triton_launch

@@ -11,13 +11,17 @@ from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
 
 
+_WEIGHT_DTYPES = {getattr(torch, name) for name in problems.WEIGHT_DTYPES}
+
+
 def as_weight(weight: Any, name: str = "weight") -> Tensor:
     """The tensor without its autograd history, or the exception that says what is wrong with it."""
     if not isinstance(weight, Tensor):
         raise problems.foreign_array_error(name, weight, "a PyTorch tensor")
     if weight.layout is not torch.strided:
         raise TypeError(f"{name} has layout {weight.layout}: it must be dense (torch.strided)")
-    problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
+    if weight.dtype not in _WEIGHT_DTYPES:
+        problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
     if weight.device.type not in ("cpu", "cuda"):
         raise ValueError(f"{name} is on device {weight.device}: it must be on the CPU or a CUDA device")
     plain: Tensor = weight.detach().resolve_neg() if weight.requires_grad or weight.is_neg() else weight
