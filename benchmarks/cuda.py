@@ -23,11 +23,14 @@ from benchmarks.cuda_timing import (
     device_times,
     empty_launch,
     floor,
+    host_times,
     peak_extra_bytes,
     rotated,
     until_ready,
     wall_times,
 )
+from nvfp4sweep import triton_launch
+from nvfp4sweep.problem import make_problem
 from nvfp4sweep_torch import calibrate, global_amax, quantize, sweep
 
 Peers = dict[str, cuda_peers.Peer]
@@ -136,8 +139,21 @@ def _kernels(amax: torch.Tensor, n_blocks: int) -> dict[str, Call]:
         "quantize_given_amax": partial(quantize, global_amax=amax, check_finite=False),
         "quantize_in_full": partial(quantize, check_finite=False),
         "calibrate_in_full": partial(calibrate, check_finite=False),
+        "global_amax": _checked_amax,
         "floor": floor(n_blocks),
     }
+
+
+def _checked_amax(w: torch.Tensor) -> None:
+    """All that global_amax does on the device: what it checks is left there, for the host to look at."""
+    asked = make_problem(w.shape)
+    triton_launch.run(
+        w.reshape(asked.view_shape),
+        asked,
+        ("global_amax",),
+        lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=w.device),
+        checked=torch.empty(2, device=w.device),
+    )
 
 
 def _whole_calls() -> dict[str, Call]:
@@ -169,13 +185,18 @@ def _small(_: Peers) -> dict[str, Any]:
     w = _gaussian(_SMALL_SHAPE)
     alone = _alone(_amax(w))
     blocks = cuda_gate.sample("small", w, _amax(w))
-    calls: dict[str, Call] = {
-        "calibrate": until_ready(calibrate),
-        "sweep_returned": alone,
-        "sweep": until_ready(alone),
+    unchecked = partial(calibrate, check_finite=False)
+    calls: dict[str, Call] = {"calibrate": calibrate, "calibrate_unchecked": unchecked, "sweep": alone}
+    waiting = {name: until_ready(call) for name, call in calls.items()}
+    del calls["calibrate"]  # it waits
+    return {
+        "small": {
+            "shape": _SMALL_SHAPE,
+            "blocks_compared": blocks,
+            "host": host_times(rotated(calls, [w])),
+            "wall": wall_times(rotated(waiting, [w])),
+        }
     }
-    times = wall_times(rotated(calls, [w]))
-    return {"small": {"shape": _SMALL_SHAPE, "blocks_compared": blocks, **times}}
 
 
 def _experts(_: Peers) -> dict[str, Any]:

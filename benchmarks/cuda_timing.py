@@ -1,6 +1,7 @@
 """How CUDA calls are timed: on the device, and on the clock from an idle device until the result is ready."""
 
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -17,6 +18,8 @@ Times = dict[str, dict[str, float]]
 
 _REPEATS = 60
 _WALL_REPEATS = 200
+_HOST_REPEATS = 30
+_HOST_BATCH = 100
 _DELAY_CYCLES = 4_000_000  # about 2 ms: longer than any call takes to launch
 _FLOOR_TILE = 128
 
@@ -87,6 +90,21 @@ def device_times(calls: dict[str, Ready], repeats: int = _REPEATS) -> Times:
 def wall_times(calls: dict[str, Ready]) -> Times:
     """Times by the clock, the calls by turns; each begins when the device is idle."""
     return ledger.interleaved(calls, _WALL_REPEATS, before=torch.cuda.synchronize)
+
+
+def host_times(calls: dict[str, Ready]) -> Times:
+    """Times by the clock of calls that do not wait for the device, by batches that its queue holds."""
+    for call in calls.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(_HOST_REPEATS):
+        for name, call in calls.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(_HOST_BATCH):
+                call()
+            seconds[name].append((time.perf_counter() - begin) / _HOST_BATCH)
+    return {name: ledger.percentiles(times) for name, times in seconds.items()}
 
 
 def peak_extra_bytes(call: Callable[[torch.Tensor], torch.Tensor], w: torch.Tensor) -> int:

@@ -14,6 +14,7 @@ KERNELS = {
     "quantize": "`quantize`",
     "quantize_given_amax": "`quantize`: global amax given, no check",
     "quantize_in_full": "`quantize` without check: global amax, sweep and pack",
+    "global_amax": "`global_amax`: the weight searched for its largest magnitude, NaN and infinity",
     "floor": "floor: read the weight, write one float a block",
     "modelopt_sweep": "ModelOpt's `nvfp4_fp8_scale_sweep`",
     "modelopt_reference": "ModelOpt's reference calibrator, 126 passes",

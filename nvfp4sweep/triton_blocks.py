@@ -6,23 +6,13 @@ from triton import knobs
 
 from nvfp4sweep import formats
 
-# The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding, and knows no assembly.
+# The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
 def any_of(condition):
     return tl.max(condition.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
-def prefetch(pointers, inside):
-    """Ask for these addresses to be brought to the second-level cache."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
-            "=r,l,r", [pointers.to(tl.int64), inside.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
 
 
 @triton.jit

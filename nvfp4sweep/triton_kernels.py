@@ -15,7 +15,6 @@ from nvfp4sweep.triton_blocks import (
     load_16,
     magnitude_of,
     point_thresholds,
-    prefetch,
     squared_error,
     store_packed,
 )
@@ -30,7 +29,7 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                 block_stride, step, inner_stride, length_blocks, inner, n_blocks, tiles_per_row, block_size,
                 min_code, last_unhalved, least_base, lowest_ratio, relative_margin, absolute_margin,
                 ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                CANDIDATES: tl.constexpr, BELOW: tl.constexpr, T: tl.constexpr, AHEAD: tl.constexpr,
+                CANDIDATES: tl.constexpr, BELOW: tl.constexpr, T: tl.constexpr,
                 OVERLAP: tl.constexpr):  # fmt: skip
     block = tile.to(tl.int64) * T + tl.arange(0, T)
     inside = block < n_blocks
@@ -45,8 +44,6 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
             w = load_16(blocks, inside, top, step, BLOCK_SIZE, VECTOR, T)
             for i in tl.static_range(16):
                 magnitude = magnitude + (magnitude_of(w[i]),)
-        if AHEAD > 0:
-            prefetch(blocks + AHEAD * T * (block_stride * VECTOR), block + AHEAD * T < n_blocks)
         peak = largest_of(magnitude, 0, BLOCK_SIZE)
     else:
         for top in range(0, BLOCK_SIZE, 16):
@@ -115,13 +112,13 @@ def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, ou
           tiles_per_row: tl.int32, block_size: tl.int32, min_code: tl.int32, last_unhalved: tl.int32,
           least_base: tl.int32, lowest_ratio, relative_margin, absolute_margin,
           ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-          CANDIDATES: tl.constexpr, BELOW: tl.constexpr, T: tl.constexpr, AHEAD: tl.constexpr,
+          CANDIDATES: tl.constexpr, BELOW: tl.constexpr, T: tl.constexpr,
           OVERLAP: tl.constexpr):  # fmt: skip
-    """See triton_launch._Plan for the numbers.
+    """See triton_launch._sweep for the numbers.
 
     VECTOR: elements a load, to whose multiples the strides of rows and blocks are given. INNER: axes follow
     the blocked one. CANDIDATES codes, and one BELOW, are screened; 0 of blocks that do not fit in registers.
-    AHEAD: tiles further on to prefetch. OVERLAP: the kernel may start before tabulate has ended.
+    OVERLAP: the kernel may start before tabulate has ended.
     """
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
         matrix = tl.full([], 0, tl.int64) + i
@@ -129,4 +126,4 @@ def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, ou
                     packed, tl.program_id(0), matrix, outer_stride, row_stride, block_stride, step,
                     inner_stride, length_blocks, inner, n_blocks, tiles_per_row, block_size, min_code,
                     last_unhalved, least_base, lowest_ratio, relative_margin, absolute_margin,
-                    ROWS, VECTOR, INNER, BLOCK_SIZE, CANDIDATES, BELOW, T, AHEAD, OVERLAP)  # fmt: skip
+                    ROWS, VECTOR, INNER, BLOCK_SIZE, CANDIDATES, BELOW, T, OVERLAP)  # fmt: skip

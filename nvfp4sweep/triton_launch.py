@@ -28,15 +28,14 @@ class _Tuning(NamedTuple):
 
     warps: int = 1  # a program; a block a thread
     registers: int | None = None  # a thread's most, None for the compiler's choice
-    ahead: int = 0  # a tile so many further on is fetched to the second-level cache; 0 for none
 
 
 # By compute capability, bytes an element and block size; measured by benchmarks.cuda on an H200.
 _TUNING = {
-    (90, 2, 16): _Tuning(registers=72, ahead=4096),
-    (90, 4, 16): _Tuning(registers=72, ahead=4096),
-    (90, 2, 32): _Tuning(registers=112, ahead=4096),
-    (90, 4, 32): _Tuning(registers=112, ahead=4096),
+    (90, 2, 16): _Tuning(registers=72),
+    (90, 4, 16): _Tuning(registers=72),
+    (90, 2, 32): _Tuning(registers=112),
+    (90, 4, 32): _Tuning(registers=112),
 }
 _DEFAULT_TUNING = _Tuning()
 
@@ -83,8 +82,9 @@ def run(
         partials = workspace[plan.partials :]
         plan.find_largest(view, partials)
     if plan.tabulate:
+        tables = workspace if plan.sweep else None
         plan.tabulate(
-            partials, given_amax, workspace, found.get("global_amax"), found.get("global_scale"), checked
+            partials, given_amax, tables, found.get("global_amax"), found.get("global_scale"), checked
         )
     if before_sweep is not None:
         before_sweep()
@@ -165,7 +165,8 @@ def _plan(
     matrices = problem.view_shape[0]
     if not matrices:
         return _Plan(buffers, 0, 0, None, None, None)
-    find_largest, n_partials = _find_largest(problem, strides) if search else (None, 0)
+    overlap = _overlaps(capability)
+    find_largest, n_partials = _find_largest(problem, strides, overlap) if search else (None, 0)
     bounds = window(problem.block_size)
     blockwise = any(name not in _PER_MATRIX for name in outputs)
     return _Plan(
@@ -175,13 +176,14 @@ def _plan(
         find_largest,
         _Launch(
             triton_tables.tabulate, (matrices, 1), (n_partials, bounds.lower, bounds.upper),
-            (_PARTIALS_TILE if search else 0, _overlaps(capability)), _TABULATE_WARPS,
+            (_PARTIALS_TILE if search else 0, overlap), _TABULATE_WARPS,
+            launch_pdl=overlap and bool(find_largest),
         ),
         _sweep(problem, strides, element_size, capability) if blockwise else None,
     )  # fmt: skip
 
 
-def _find_largest(problem: Problem, strides: Strides) -> tuple[_Launch | None, int]:
+def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[_Launch | None, int]:
     """The launch that finds each matrix's partial maxima, and their number.
 
     A small matrix without gaps needs none: its elements are as good as partial maxima.
@@ -196,7 +198,7 @@ def _find_largest(problem: Problem, strides: Strides) -> tuple[_Launch | None, i
     launch = _Launch(
         triton_tables.largest, (n_partials, min(matrices, _MOST_ROWS)),
         (*strides, length, inner, n_elements, matrices, n_partials, -(-tiles // n_partials)),
-        (dense, _LARGEST_TILE), _LARGEST_WARPS,
+        (dense, _LARGEST_TILE, overlap), _LARGEST_WARPS,
     )  # fmt: skip
     return launch, n_partials
 
@@ -252,8 +254,7 @@ def _sweep(problem: Problem, strides: Strides, element_size: int, capability: in
             1 / bounds.lower, bounds.relative_margin, bounds.absolute_margin,
         ),
         (
-            layout, vector, inner > 1, block_size, candidates // 3 * 3, candidates % 3, tile,
-            tuning.ahead if layout == 1 and vector > 1 else 0, overlap,
+            layout, vector, inner > 1, block_size, candidates // 3 * 3, candidates % 3, tile, overlap,
         ),
         tuning.warps, maxnreg=tuning.registers, launch_pdl=overlap,
     )  # fmt: skip
@@ -270,7 +271,7 @@ def _capability_of(device: int) -> int:
 
 
 def _overlaps(capability: int) -> bool:
-    """Whether the sweep may start before tabulate has ended (programmatic dependent launch)."""
+    """Whether a kernel may start before the one ahead of it has ended (programmatic dependent launch)."""
     return capability >= 90
 
 

@@ -37,7 +37,10 @@ GREATEST_SCREENED_AMAX = tl.constexpr(window.GREATEST_FLOAT32_PEAK)
 def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, length_stride: tl.int64,
             inner_stride: tl.int64, length: tl.int64, inner: tl.int64, n_elements: tl.int64,
             matrices: tl.int32, n_partials: tl.int32, tiles_per_program: tl.int32,
-            DENSE: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+            DENSE: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+    """DENSE: a matrix is n_elements in a row. SIZE elements a tile. OVERLAP: with the launch of tabulate."""
+    if OVERLAP:
+        cuda.gdc_launch_dependents()
     part = tl.program_id(0)
     first = part.to(tl.int64) * tiles_per_program * SIZE
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
@@ -64,11 +67,12 @@ def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, l
 def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n_partials: tl.int32,
              lower, upper, SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """`partials` are n_partials floats a matrix, the largest |w| among them; so many at a time, none where
-    SIZE is 0. `checked` gets the largest |w| and the amax."""
-    if OVERLAP:  # with what the sweep does before it needs the tables
+    SIZE is 0. `checked` gets the largest |w| and the amax. OVERLAP: with what the sweep does before it
+    needs the tables, and with the end of `largest`."""
+    if OVERLAP:
+        cuda.gdc_wait()
         cuda.gdc_launch_dependents()
     matrix = tl.program_id(0).to(tl.int64)
-    tables += matrix * TABLE
     found = 0.0
     if SIZE > 0:
         bits = tl.zeros([SIZE], tl.int32)
@@ -89,6 +93,13 @@ def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n
         tl.store(global_amax + matrix, amax)
     if global_scale is not None:
         tl.store(global_scale + matrix, (wide_amax / NVFP4_MAX).to(tl.float32))
+    if tables is not None:
+        _fill(tables + matrix * TABLE, amax, lower, upper)
+
+
+@triton.jit
+def _fill(table, amax, lower, upper):
+    wide_amax = amax.to(tl.float64)
     column = tl.arange(0, 128)
     code = tl.minimum(column, MAX_CODE)
     value = tl.where(code < 8, code * 2.0**-9, ((code + E4M3_TO_FLOAT32) << 20).to(tl.float32, bitcast=True))
@@ -97,13 +108,13 @@ def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n
     scale = (block_amax.to(tl.float64) / E2M1_MAX).to(tl.float32)
     divisor = tl.where(amax >= LEAST_GLOBAL_AMAX, tl.maximum(scale, 2.0**-125), 1.0).to(tl.float64)
     for copy in tl.static_range(2):
-        tl.store(tables + copy * SECOND_COPY + 2 * column, 0.0 - scale)
-        tl.store(tables + copy * SECOND_COPY + 2 * column + 1, (-1.0 / divisor).to(tl.float32))
-    tl.store(tables + AMAX + column, block_amax)
-    tl.store(tables + GLOBAL_AMAX, amax)
+        tl.store(table + copy * SECOND_COPY + 2 * column, 0.0 - scale)
+        tl.store(table + copy * SECOND_COPY + 2 * column + 1, (-1.0 / divisor).to(tl.float32))
+    tl.store(table + AMAX + column, block_amax)
+    tl.store(table + GLOBAL_AMAX, amax)
     unit = tl.maximum(amax, LEAST_GLOBAL_AMAX).to(tl.float64) / NVFP4_MAX
-    tl.store(tables + LOWER, (lower / unit).to(tl.float32))
-    tl.store(tables + UPPER, (upper / unit).to(tl.float32))
+    tl.store(table + LOWER, (lower / unit).to(tl.float32))
+    tl.store(table + UPPER, (upper / unit).to(tl.float32))
     # 0 makes every block undecided.
     screens = (amax >= LEAST_SCREENED_AMAX) & (amax <= GREATEST_SCREENED_AMAX)
-    tl.store(tables + SCREEN_UPPER, tl.where(screens, (upper / unit).to(tl.float32), 0.0))
+    tl.store(table + SCREEN_UPPER, tl.where(screens, (upper / unit).to(tl.float32), 0.0))

@@ -10,7 +10,6 @@ from torch import Tensor
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
 
-
 _WEIGHT_DTYPES = {getattr(torch, name) for name in problems.WEIGHT_DTYPES}
 
 

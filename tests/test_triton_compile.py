@@ -17,7 +17,7 @@ from nvfp4sweep.triton_kernels import sweep
 from nvfp4sweep.triton_tables import largest, tabulate
 
 CONSTANTS = {"ROWS": 1, "VECTOR": 8, "INNER": False, "BLOCK_SIZE": 16, "CANDIDATES": 9, "BELOW": 1, "T": 32,
-             "AHEAD": 0, "OVERLAP": False, "DENSE": True, "SIZE": 1024}
+             "OVERLAP": False, "DENSE": True, "SIZE": 1024}
 POINTERS = {"tables": "fp32", "code": "u8", "amax": "fp32", "partials": "fp32", "given_amax": "fp32",
             "error": "fp32", "packed": "u8", "global_amax": "fp32", "global_scale": "fp32",
             "checked": "fp32"}
@@ -46,11 +46,11 @@ def build(kernel, weight, without=(), partials="fp32", **constants):
 
 capability = int(sys.argv[1])
 target = GPUTarget("cuda", capability, 32)
-hopper = {"OVERLAP": True, "AHEAD": 4096} if capability >= 90 else {}
+overlap = {"OVERLAP": True} if capability >= 90 else {}
 outputs = ("amax", "code", "error", "packed")
 full = capability == 90  # one architecture for every variant, the others for what they may lack
 for weight in ("bf16", "fp32", "fp16") if full else ("bf16",):
-    ptx = build(sweep, weight, outputs[1:], VECTOR=4 if weight == "fp32" else 8, **hopper)
+    ptx = build(sweep, weight, outputs[1:], VECTOR=4 if weight == "fp32" else 8, **overlap)
     assert "ld.global.v4" in ptx  # 16 bytes a load
     assert ".shared" not in ptx  # a block stays within its thread
     assert ".local" not in ptx
@@ -65,9 +65,9 @@ if full:
     build(sweep, "bf16", ("amax",), VECTOR=1, BLOCK_SIZE=6, CANDIDATES=0, BELOW=0)
     build(largest, "bf16", DENSE=False)
     build(tabulate, "bf16", ("checked", "global_amax", "global_scale"), SIZE=0)
+    build(tabulate, "bf16", ("given_amax", "global_scale", "tables"))
     build(tabulate, "bf16", ("given_amax",), partials="bf16")
-build(largest, "bf16")
-overlap = {k: v for k, v in hopper.items() if k == "OVERLAP"}
+build(largest, "bf16", **overlap)
 assert ".ftz.f64" not in build(tabulate, "bf16", ("given_amax",), **overlap)
 print("compiled")
 """
