@@ -8,7 +8,10 @@ either: a line of the ledger is one whole run. Without ModelOpt its rows are lef
 
 import argparse
 import json
+import os
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -60,7 +63,6 @@ def main() -> None:
     entry: dict[str, Any] = {
         **ledger.environment(torch.cuda.get_device_name()),
         "benchmark": "cuda",
-        "schema": 2,
         "host": ledger.processor(),
         "cuda": _cuda(),
         "shape": list(gate.SHAPE),
@@ -185,10 +187,12 @@ def _small(_: Peers) -> dict[str, Any]:
     w = _gaussian(_SMALL_SHAPE)
     alone = _alone(_amax(w))
     blocks = cuda_gate.sample("small", w, _amax(w))
-    unchecked = partial(calibrate, check_finite=False)
-    calls: dict[str, Call] = {"calibrate": calibrate, "calibrate_unchecked": unchecked, "sweep": alone}
-    waiting = {name: until_ready(call) for name, call in calls.items()}
-    del calls["calibrate"]  # it waits
+    calls: dict[str, Call] = {
+        "calibrate_unchecked": partial(calibrate, check_finite=False),
+        "sweep": alone,
+        "empty_launch": empty_launch(),
+    }
+    waiting = {name: until_ready(call) for name, call in {"calibrate": calibrate, **calls}.items()}
     return {
         "small": {
             "shape": _SMALL_SHAPE,
@@ -197,6 +201,28 @@ def _small(_: Peers) -> dict[str, Any]:
             "wall": wall_times(rotated(waiting, [w])),
         }
     }
+
+
+_FIRST_CALL = """
+import time, torch, nvfp4sweep_torch
+weight = torch.ones(1, 1024, dtype=torch.bfloat16, device="cuda")
+torch.cuda.synchronize()
+start = time.perf_counter()
+nvfp4sweep_torch.calibrate(weight)
+print(time.perf_counter() - start)
+"""
+
+
+def _first_call(_: Peers) -> dict[str, Any]:
+    """Seconds of a process's first call: where nothing is compiled yet, and from Triton's cache on disk."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-c", _FIRST_CALL]
+        cold, cached = (
+            float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+            for _ in range(2)
+        )
+    return {"first_call": {"cold_s": round(cold, 2), "cached_s": round(cached, 3)}}
 
 
 def _experts(_: Peers) -> dict[str, Any]:
@@ -264,6 +290,7 @@ def _gaussian(shape: tuple[int, ...]) -> torch.Tensor:
 SECTIONS: dict[str, Callable[[Peers], dict[str, Any]]] = {
     "weight": _weight,
     "small": _small,
+    "first_call": _first_call,
     "experts": _experts,
     "hard": _hard,
     "sizes": _sizes,

@@ -14,6 +14,7 @@ _SMALL = {
     "calibrate": "`calibrate(weight)`",
     "calibrate_unchecked": "`calibrate(weight, check_finite=False)`",
     "sweep": "sweep alone: global amax given, no check",
+    "empty_launch": "a Triton kernel that writes one float, launched as Triton does",
 }
 _EXPERTS = {"stacked": "a global amax an expert", "one_matrix": "the same elements as one matrix"}
 _HARD = {
@@ -26,13 +27,10 @@ _HARD = {
 
 def cuda(entry: Row, plot: str) -> str:
     columns = {dtype: entry[dtype] for dtype in _DTYPES if dtype in entry}
-    lines = [f"## CUDA: {entry['device']}", "", provenance(entry), ""]
-    if "schema" in entry:
-        lines += [_METHOD, ""]
+    lines = [f"## CUDA: {entry['device']}", "", provenance(entry), "", _METHOD, ""]
     if columns:
-        lines += _weight(columns)
-        lines += _facts(columns) if "schema" in entry else _facts_before_schema_2(columns)
-    sections = {"small": _small, "experts": _experts, "hard": _hard}
+        lines += _weight(columns) + _facts(columns)
+    sections = {"small": _small, "first_call": _first_call, "experts": _experts, "hard": _hard}
     for name, section in sections.items():
         if name in entry:
             lines += section(entry[name])
@@ -70,20 +68,6 @@ def _facts(columns: dict[str, Row]) -> list[str]:
     return [*lines, *plain_table(["what", *columns], measured), ""]
 
 
-def _facts_before_schema_2(columns: dict[str, Row]) -> list[str]:
-    """Goes when the newest line of the ledger has a schema."""
-    lines = []
-    for dtype, row in columns.items():
-        blocks = f"{row['blocks_equal_to_oracle']:,}"
-        lines.append(
-            f"- {dtype}: {blocks} of {blocks} blocks equal the oracle's; peak memory beyond weight and result"
-            f" {row['peak_extra_bytes']:,} bytes; the sweep is {row['modelopt_over_sweep']} times faster than"
-            f" ModelOpt's, whose answer differs from the oracle's on {row['modelopt_blocks_that_differ']}"
-            f" blocks."
-        )
-    return [*lines, ""]
-
-
 def _small(section: Row) -> list[str]:
     lines = ["### Small calls", ""]
     lines += [
@@ -97,6 +81,15 @@ def _small(section: Row) -> list[str]:
     ]
     lines += ["Wall time of one call from an idle device until its result is ready:", ""]
     return [*lines, *table({"time": section["wall"]}, _SMALL), ""]
+
+
+def _first_call(section: Row) -> list[str]:
+    return [
+        f"A process's first call takes {section['cold_s']} s where nothing is compiled yet, and"
+        f" {section['cached_s']} s with Triton's cache on disk from a process before. Each dtype, layout"
+        " (blocks along the last axis or another), block size and set of outputs has a kernel of its own.",
+        "",
+    ]
 
 
 def _experts(section: Row) -> list[str]:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from triton import knobs
 
-from nvfp4sweep import formats
+from nvfp4sweep.triton_tables import THRESHOLDS
 
 # The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -34,6 +34,14 @@ def _interleave(a, b):
 
 
 @triton.jit
+def row_and_column(tile, tiles_per_row):
+    """Of a tile, as int64."""
+    tile = tile.to(tl.uint32)  # whose quotient takes fewer instructions
+    width = tiles_per_row.to(tl.uint32)
+    return (tile // width).to(tl.int64), (tile % width).to(tl.int64)
+
+
+@triton.jit
 def first_elements(weight, tile, row_stride, block_stride, tiles_per_row, outer_stride, length_blocks, inner,
                    inner_stride, ROWS: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Pointers to the first elements of a tile's blocks.
@@ -41,14 +49,14 @@ def first_elements(weight, tile, row_stride, block_stride, tiles_per_row, outer_
     ROWS 1: all blocks of a matrix are block_stride apart. 2: rows of tiles_per_row tiles are. 0: blocks
     lie [outer, length_blocks, inner], row_stride apart along the second. The two strides count vectors.
     """
-    lane = tl.arange(0, T)
+    lane = tl.arange(0, T).to(tl.int64)
     row_stride *= VECTOR
     block_stride *= VECTOR
     if ROWS == 1:
         return weight + tile.to(tl.int64) * T * block_stride + lane * block_stride
     elif ROWS == 2:
-        weight += (tile // tiles_per_row).to(tl.int64) * row_stride
-        return weight + (tile % tiles_per_row).to(tl.int64) * T * block_stride + lane * block_stride
+        row, column = row_and_column(tile, tiles_per_row)
+        return weight + row * row_stride + column * T * block_stride + lane * block_stride
     else:
         block = tile.to(tl.int64) * T + lane
         row = block // inner
@@ -75,7 +83,7 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
             exists = exists & (top + i < BLOCK_SIZE)
         # Said to be contiguous down the tile, or threads would share a block; nothing is said of alignment,
         # so that no load is wider for it. One load, since each costs Triton up to 0.2 s to compile.
-        pointers = tl.max_contiguous(blocks[:, None] + (top + i) * step, [T, 1])
+        pointers = tl.max_contiguous(blocks[:, None] + (top + i).to(tl.int64) * step, [T, 1])
         w = _split(tl.load(pointers, mask=exists, other=0.0), T, 16)
     return w
 
@@ -99,35 +107,19 @@ def largest_of(x, START: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.constexpr_function
-def _midpoint(k):
-    return float(formats.E2M1_VALUES[k] + formats.E2M1_VALUES[k + 1]) / 2
-
-
-@triton.constexpr_function
 def _sign_bit(i):
     """Of nibble i of an int32."""
     return 8 << (4 * i) if i < 7 else -(2**31)
 
 
 @triton.jit
-def point_thresholds(scale):
-    """What an element must exceed to take the point 1 .. 7 of the grid, ties to the even code.
-
-    x > m scale for a float32 x is x > t, t the largest float32 <= m scale; x >= m scale is x > t, t the
-    largest below it. The products are exact in float64.
-    """
-    wide = scale.to(tl.float64)
-    result = ()
-    for k in tl.static_range(7):
-        exact = wide * _midpoint(k)
-        rounded = exact.to(tl.float32)
-        if k % 2 == 1:  # a tie here goes up
-            above = rounded.to(tl.float64) >= exact
-        else:
-            above = rounded.to(tl.float64) > exact
-        t = (rounded.to(tl.int32, bitcast=True) - above.to(tl.int32)).to(tl.float32, bitcast=True)
-        result = result + (tl.where(scale > 0.0, t, float("inf")),)
-    return result
+def point_thresholds(tables, code, T: tl.constexpr):
+    """What an element must exceed to take the point 1 .. 7 of the grid at these codes, ascending."""
+    first = (tables + THRESHOLDS + 8 * code)[:, None]
+    columns = tl.arange(0, 4)[None, :]
+    low = _split(tl.load(first + columns), T, 4)
+    high = _split(tl.load(first + 4 + columns), T, 4)
+    return low + (high[0], high[1], high[2])
 
 
 @triton.jit
@@ -168,8 +160,14 @@ def _packed(blocks, inside, top, step, thresholds,
         for i in tl.static_range(8):
             x = w[8 * half + i].to(tl.float32)
             magnitude = tl.abs(x)
-            for k in tl.static_range(7):
-                word += tl.where(magnitude > thresholds[k], 1 << (4 * i), 0)
+            # The code is the number of thresholds below: a search by halves, bit by bit.
+            fours = magnitude > thresholds[3]
+            twos = magnitude > tl.where(fours, thresholds[5], thresholds[1])
+            after = tl.where(fours, thresholds[6], thresholds[2])
+            before = tl.where(fours, thresholds[4], thresholds[0])
+            ones = magnitude > tl.where(twos, after, before)
+            word |= tl.where(fours, 4 << (4 * i), 0) | tl.where(twos, 2 << (4 * i), 0)
+            word |= tl.where(ones, 1 << (4 * i), 0)
             word |= (x.to(tl.int32, bitcast=True) >> (28 - 4 * i)) & _sign_bit(i)
         words = words + (word,)
     return words
@@ -186,8 +184,8 @@ def store_packed(packed, blocks, block, inside, tile, first_block, step, inner, 
         if ROWS == 0:
             row, column = block // inner, block % inner
         else:
-            row = (tile // tiles_per_row).to(tl.int64)
-            column = (tile % tiles_per_row).to(tl.int64) * T + tl.arange(0, T)
+            row, first = row_and_column(tile, tiles_per_row)
+            column = first * T + tl.arange(0, T)
         base = (first_block + row * inner) * (BLOCK_SIZE // 2) + column
         byte_step = inner
     for top in range(0, BLOCK_SIZE, 16):

@@ -33,6 +33,8 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                 OVERLAP: tl.constexpr):  # fmt: skip
     block = tile.to(tl.int64) * T + tl.arange(0, T)
     inside = block < n_blocks
+    if ROWS == 2:  # of full tiles
+        inside = tl.full([T], True, tl.int1)
     out = matrix * n_blocks + block
     blocks = first_elements(weight, tile, row_stride, block_stride, tiles_per_row, outer_stride,
                             length_blocks, inner, inner_stride, ROWS, VECTOR, T)  # fmt: skip
@@ -93,7 +95,7 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
         tl.store(code + out, best.to(tl.uint8), mask=inside)
     if error is not None or packed is not None:
         scale = 0.0 - tl.load(tables + 2 * best)
-        thresholds = point_thresholds(scale)
+        thresholds = point_thresholds(tables, best, T)
         if error is not None:
             found = squared_error(blocks, inside, step, scale, thresholds, BLOCK_SIZE, VECTOR, T)
             tl.store(error + out, found, mask=inside)
@@ -107,7 +109,7 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                                "tiles_per_row", "block_size", "min_code", "last_unhalved",
                                "least_base"])  # fmt: skip
 def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, outer_stride: tl.int64,
-          row_stride: tl.int64, block_stride: tl.int64, step: tl.int64, inner_stride: tl.int64,
+          row_stride, block_stride, step, inner_stride: tl.int64,
           length_blocks: tl.int64, inner: tl.int64, n_blocks: tl.int64, matrices: tl.int32,
           tiles_per_row: tl.int32, block_size: tl.int32, min_code: tl.int32, last_unhalved: tl.int32,
           least_base: tl.int32, lowest_ratio, relative_margin, absolute_margin,
@@ -118,7 +120,8 @@ def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, ou
 
     VECTOR: elements a load, to whose multiples the strides of rows and blocks are given. INNER: axes follow
     the blocked one. CANDIDATES codes, and one BELOW, are screened; 0 of blocks that do not fit in registers.
-    OVERLAP: the kernel may start before tabulate has ended.
+    OVERLAP: the kernel may start before tabulate has ended. Strides without a type are int32 where they fit,
+    which saves instructions.
     """
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
         matrix = tl.full([], 0, tl.int64) + i

@@ -176,7 +176,7 @@ def _code_after(code, origin, survivors):
     """The next code to compare: of the survivors, or of all where there are none; 127 at the end."""
     later = survivors >> tl.minimum(code - origin + 1, 31)
     found = tl.where(later > 0, code + 1 + lowest_bit(tl.maximum(later, 1)), MAX_CODE + 1)
-    return tl.where(survivors == 0, code + 1, found)
+    return tl.minimum(tl.where(survivors == 0, code + 1, found), MAX_CODE + 1)
 
 
 @triton.jit
@@ -190,16 +190,18 @@ def exact_best(blocks, contested, step, tables, origin, last, survivors, block_s
     open_ = code <= last
     while any_of(open_):
         scale = 0.0 - tl.load(tables + 2 * code)
-        thresholds = point_thresholds(scale)
+        thresholds = point_thresholds(tables, code, T)
         a = tl.zeros([T], tl.float64)
         b = tl.zeros([T], tl.float64)
         for top in range(0, block_size, 16):
             w = load_16(blocks, open_, top, step, BLOCK_SIZE, VECTOR, T)
+            squares = tl.zeros([T], tl.float32)  # exact: a few quarters
             for i in tl.static_range(16):
                 magnitude = magnitude_of(w[i])
                 q = nearest_point(magnitude, thresholds)
                 a += magnitude.to(tl.float64) * q.to(tl.float64)
-                b += (q * q).to(tl.float64)
+                squares += q * q
+            b += squares.to(tl.float64)
         wide = scale.to(tl.float64)
         f_high, f_low = _two_product(wide * wide, b)
         g_high, g_low = _two_product(-2.0 * wide, a)

@@ -12,14 +12,16 @@ from triton.language.extra import cuda
 
 from nvfp4sweep import formats, window
 
-# One table a matrix, float32: (-scale, -1 / scale) by code, twice; the amax by code; the scalars.
+# One table a matrix, float32: (-scale, -1 / scale) by code, twice; the amax by code; the scalars; by code the
+# seven thresholds of the points, and room for an eighth.
 SECOND_COPY = tl.constexpr(256)
 AMAX = tl.constexpr(512)
 GLOBAL_AMAX = tl.constexpr(640)
 LOWER = tl.constexpr(641)
 UPPER = tl.constexpr(642)
 SCREEN_UPPER = tl.constexpr(643)
-TABLE = tl.constexpr(644)
+THRESHOLDS = tl.constexpr(644)
+TABLE = tl.constexpr(THRESHOLDS.value + 8 * 128)
 
 MAX_CODE = tl.constexpr(formats.MAX_CODE)
 E4M3_TO_FLOAT32 = tl.constexpr(formats.E4M3_TO_FLOAT32)
@@ -29,6 +31,32 @@ NVFP4_MAX = tl.constexpr(formats.NVFP4_MAX)
 LEAST_GLOBAL_AMAX = tl.constexpr(window.LEAST_GLOBAL_AMAX)
 LEAST_SCREENED_AMAX = tl.constexpr(window.LEAST_SCREENED_AMAX)
 GREATEST_SCREENED_AMAX = tl.constexpr(window.GREATEST_FLOAT32_PEAK)
+
+
+@triton.constexpr_function
+def _midpoint(k):
+    return float(formats.E2M1_VALUES[k] + formats.E2M1_VALUES[k + 1]) / 2
+
+
+@triton.jit
+def _thresholds(scale):
+    """What an element must exceed to take the point 1 .. 7 of the grid, ties to the even code.
+
+    x > m scale for a float32 x is x > t, t the largest float32 <= m scale; x >= m scale is x > t, t the
+    largest below it. The products are exact in float64.
+    """
+    wide = scale.to(tl.float64)
+    result = ()
+    for k in tl.static_range(7):
+        exact = wide * _midpoint(k)
+        rounded = exact.to(tl.float32)
+        if k % 2 == 1:  # a tie here goes up
+            above = rounded.to(tl.float64) >= exact
+        else:
+            above = rounded.to(tl.float64) > exact
+        t = (rounded.to(tl.int32, bitcast=True) - above.to(tl.int32)).to(tl.float32, bitcast=True)
+        result = result + (tl.where(scale > 0.0, t, float("inf")),)
+    return result
 
 
 @triton.jit(do_not_specialize=["matrix_stride", "outer_stride", "length_stride", "inner_stride",
@@ -110,6 +138,9 @@ def _fill(table, amax, lower, upper):
     for copy in tl.static_range(2):
         tl.store(table + copy * SECOND_COPY + 2 * column, 0.0 - scale)
         tl.store(table + copy * SECOND_COPY + 2 * column + 1, (-1.0 / divisor).to(tl.float32))
+    thresholds = _thresholds(scale)
+    for k in tl.static_range(7):
+        tl.store(table + THRESHOLDS + 8 * column + k, thresholds[k])
     tl.store(table + AMAX + column, block_amax)
     tl.store(table + GLOBAL_AMAX, amax)
     unit = tl.maximum(amax, LEAST_GLOBAL_AMAX).to(tl.float64) / NVFP4_MAX

@@ -14,6 +14,7 @@ from nvfp4sweep.problem import Problem
 from nvfp4sweep_torch._tensors import host_amax
 
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
+_NO_CONTEXT = contextlib.nullcontext()
 
 
 def run(
@@ -26,6 +27,7 @@ def run(
     """
     launch = _triton_launch()
     view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
+    device = weight.device
     with _on_device(weight):
         given = None if global_amax is None else _device_amax(global_amax, weight, asked)
         watch = _Watch(weight, asked) if check_finite else None
@@ -33,7 +35,7 @@ def run(
             view,
             asked,
             outputs,
-            lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=weight.device),
+            lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=device),
             given,
             checked=watch and watch.values,
             before_sweep=watch and watch.mark,
@@ -57,7 +59,7 @@ class _Watch:
         self._problem = asked
         self._matrices = asked.view_shape[0]
         self._event = None
-        if weight.device.type != "cuda":
+        if not weight.is_cuda:
             self.values = torch.empty(2 * self._matrices)
         elif self._matrices > self._ROOM:
             self.values, self._event = self._allocate(self._matrices)
@@ -91,7 +93,7 @@ class _Watch:
 
 
 def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
-    if isinstance(global_amax, Tensor) and global_amax.device.type == "cuda":
+    if isinstance(global_amax, Tensor) and global_amax.is_cuda:
         amax = global_amax.to(torch.float32)
         if amax.shape != asked.batch_shape:
             problems.check_global_amax_shape(tuple(amax.shape), asked)
@@ -101,9 +103,9 @@ def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
 
 
 def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:
-    if weight.device.type == "cuda" and torch.cuda.current_device() != weight.device.index:
+    if weight.is_cuda and torch.cuda.current_device() != weight.get_device():
         return torch.cuda.device(weight.device)
-    return contextlib.nullcontext()
+    return _NO_CONTEXT
 
 
 @functools.cache

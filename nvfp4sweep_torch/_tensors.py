@@ -12,6 +12,8 @@ from nvfp4sweep.problem import Problem
 
 _WEIGHT_DTYPES = {getattr(torch, name) for name in problems.WEIGHT_DTYPES}
 
+_SERVED: dict[str, tuple[str, ...]] = {"cuda": ("triton", "oracle"), "cpu": ("cpu", "oracle")}
+
 
 def as_weight(weight: Any, name: str = "weight") -> Tensor:
     """The tensor without its autograd history, or the exception that says what is wrong with it."""
@@ -21,19 +23,19 @@ def as_weight(weight: Any, name: str = "weight") -> Tensor:
         raise TypeError(f"{name} has layout {weight.layout}: it must be dense (torch.strided)")
     if weight.dtype not in _WEIGHT_DTYPES:
         problems.check_dtype(name, str(weight.dtype).removeprefix("torch."))
-    if weight.device.type not in ("cpu", "cuda"):
+    if not (weight.is_cuda or weight.is_cpu):
         raise ValueError(f"{name} is on device {weight.device}: it must be on the CPU or a CUDA device")
     plain: Tensor = weight.detach().resolve_neg() if weight.requires_grad or weight.is_neg() else weight
     return plain.float() if plain.dtype is torch.float64 else plain
 
 
 def choose_engine(weight: Tensor, implementation: str | None) -> str:
-    on_cuda = weight.device.type == "cuda"
-    served = ["triton" if on_cuda else "cpu", "oracle"]
-    if not on_cuda and interpreting():
-        served.append("triton")
+    place = "cuda" if weight.is_cuda else "cpu"
+    served = _SERVED[place]
+    if place == "cpu" and interpreting():
+        served = (*served, "triton")
     return problems.choose_engine(
-        implementation, default=served[0], served=served, where=f"a tensor on {weight.device}"
+        implementation, default=served[0], served=served, where=f"a tensor on {place}"
     )
 
 

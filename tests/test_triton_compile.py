@@ -34,7 +34,7 @@ def build(kernel, weight, without=(), partials="fp32", **constants):
             signature[name] = "*" + types[name]
         else:
             annotated = kernel.params[kernel.arg_names.index(name)].annotation_type
-            signature[name] = "fp32" if name in FLOATS else annotated
+            signature[name] = "fp32" if name in FLOATS else annotated or "i32"
     indices = {(kernel.arg_names.index(n),): v for n, v in chosen.items() if n in kernel.arg_names}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
                if signature[n].startswith("*")}
