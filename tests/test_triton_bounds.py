@@ -47,6 +47,7 @@ if sys.argv[1] == "stray":  # the guard works
     ctypes.c_float.from_address(guarded((PAGE // 4,), torch.float32, True).data_ptr() + PAGE).value
 for at_end, scale in itertools.product((False, True), (1.0, 0.0)):
     run((3, 80), at_end, scale)
+    run((130, 48), at_end, scale)  # more than tabulate searches itself
     run((2, 1, 48), at_end, scale, batch_dims=1)
     run((48, 5), at_end, scale, axis=0)
     run((2, 64), at_end, scale, block_size=32)
