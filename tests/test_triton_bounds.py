@@ -38,10 +38,11 @@ def run(shape, at_end, scale, **options):
     weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale)
     view = weight.reshape(problem.view_shape)
     outputs = ("amax", "code", "error", "packed", "global_amax", "global_scale")
-    triton_launch.run(
+    found = triton_launch.run(
         view, problem, outputs, lambda shape, dtype: guarded(shape, getattr(torch, dtype), at_end),
         checked=guarded((len(view), 2), torch.float32, at_end),
     )
+    assert torch.equal(found["global_amax"].flatten(), view.abs().amax(dim=(1, 2, 3)).float())
 
 if sys.argv[1] == "stray":  # the guard works
     ctypes.c_float.from_address(guarded((PAGE // 4,), torch.float32, True).data_ptr() + PAGE).value
