@@ -88,7 +88,7 @@ def make_problem(
     if hessian is not None:
         raise NotImplementedError("hessian is not supported yet: only plain squared error is")
     return _checked(
-        tuple(shape),
+        tuple(map(int, shape)),  # symbolic sizes, too
         _integer("axis", axis),
         _integer("block_size", block_size),
         _integer("batch_dims", batch_dims),
@@ -98,7 +98,6 @@ def make_problem(
 
 @functools.lru_cache(maxsize=4096)
 def _checked(shape: tuple[int, ...], axis: int, block_size: int, batch_dims: int, min_code: int) -> Problem:
-    shape = tuple(map(int, shape))
     if not 0 <= batch_dims < max(1, len(shape)):
         raise ValueError(
             f"batch_dims={batch_dims} is out of range for a weight of shape {shape}: "

@@ -26,7 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "cpu_kernels": {"formats", "lanes", "window"},
     "cpu": {"formats", "window", "cpu_kernels"},
     "triton_tables": {"formats", "window"},
-    "triton_blocks": {"formats"},
+    "triton_blocks": {"triton_tables"},
     "triton_search": {"triton_blocks", "triton_tables", "window"},
     "triton_kernels": {"triton_blocks", "triton_search", "triton_tables", "window"},
     "triton_launch": {"triton_blocks", "triton_kernels", "triton_tables", "problem", "window"},
