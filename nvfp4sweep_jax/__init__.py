@@ -24,13 +24,14 @@ from jax import lax
 
 import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
-from nvfp4sweep_jax import _amax, _call
+from nvfp4sweep_jax import _amax, _call, _tree
 from nvfp4sweep_jax._tensor import QuantizedTensor
 
 __all__ = [
     "QuantizedTensor",
     "Sweep",
     "calibrate",
+    "calibrate_tree",
     "global_amax",
     "quantize",
     "scale_candidates",
@@ -81,6 +82,69 @@ def calibrate(
     )  # fmt: skip
     amax: jax.Array = found.amax
     return amax
+
+
+def calibrate_tree(
+    params: Any,
+    *,
+    where: _tree.Rule | None = None,
+    axis: int | _tree.Rule | None = None,
+    batch_dims: int | _tree.Rule = 0,
+    group: _tree.Rule | None = None,
+    block_size: int = formats.BLOCK_SIZE,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> Any:
+    """`calibrate` for the weights of a parameter tree, eager or traced.
+
+    A rule is called as rule(name, leaf) with a leaf's path as its name, such as "layers/0/mlp/kernel".
+
+    Args:
+        params: a pytree with JAX arrays among its leaves.
+        where: tells whether a leaf is a weight to calibrate. None takes each floating-point leaf of two
+            axes or more whose name ends in "kernel" or "weight".
+        axis: the axis along which a weight's blocks run, or a rule that gives it. None takes the input
+            axis of a matrix: 0 of a "kernel" [in, out], as in flax, and 1 of a "weight" [out, in], both
+            after `batch_dims`; any other weight needs an axis.
+        batch_dims: as for `calibrate`, or a rule: 1 for a kernel [layers, in, out] that stacks layers.
+        group: a rule that gives a weight's group. Weights of a group share a global amax, as those must
+            that a runtime fuses. None gives each weight its own.
+
+    The other arguments are those of `calibrate`.
+
+    Returns:
+        params with the block amaxes of each weight in its place and None in that of any other leaf.
+
+    Raises:
+        TypeError, ValueError: as `calibrate`, with the leaf's name; a weight whose axis no rule tells; a
+            group of different leading axes. Shapes and rules are checked before anything is computed.
+    """
+    leaves, structure = _tree.weights(params, where, axis, batch_dims, group, block_size)
+    amaxes: dict[Any, list[jax.Array]] = {}
+    for weight in filter(None, leaves):
+        if weight.shares:
+            with _tree.named(weight.name):
+                own = _own_amax(weight.array, weight.batch_dims, check_finite)
+            amaxes.setdefault(weight.group, []).append(own)
+    shared = {group: _amax.largest(members) for group, members in amaxes.items()}
+
+    def found(weight: _tree.Weight | None) -> jax.Array | None:
+        if weight is None:
+            return None
+        with _tree.named(weight.name):
+            return calibrate(
+                weight.array,
+                global_amax=shared.get(weight.group),
+                axis=weight.axis,
+                block_size=block_size,
+                batch_dims=weight.batch_dims,
+                min_code=min_code,
+                check_finite=check_finite,
+                implementation=implementation,
+            )
+
+    return jax.tree_util.tree_unflatten(structure, map(found, leaves))
 
 
 def sweep(
@@ -151,15 +215,20 @@ def global_amax(*weights: jax.Array, batch_dims: int = 0) -> jax.Array:
     """
     if not weights:
         raise ValueError("weights is empty: global_amax needs at least one array")
-    amaxes = []
-    for weight in map(_call.as_weight, weights):
-        asked = problem.make_problem(weight.shape, block_size=1, batch_dims=batch_dims)
-        amax = _amax.absolute_maximum(weight, asked)
-        _call.check_finite_amax(amax, weight)
-        amaxes.append(amax)
+    amaxes = [_own_amax(weight, batch_dims, check_finite=True) for weight in weights]
     problem.check_same_batch([amax.shape for amax in amaxes], batch_dims)
     largest: jax.Array = _amax.largest(amaxes)
     return largest
+
+
+def _own_amax(weight: Any, batch_dims: int, check_finite: bool) -> jax.Array:
+    weight = _call.as_weight(weight)
+    amax: jax.Array = _amax.absolute_maximum(
+        weight, problem.make_problem(weight.shape, block_size=1, batch_dims=batch_dims)
+    )
+    if check_finite:
+        _call.check_finite_amax(amax, weight)
+    return amax
 
 
 def scale_candidates() -> jax.Array:
