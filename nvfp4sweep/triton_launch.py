@@ -245,7 +245,8 @@ def _sweep(problem: Problem, strides: Strides, element_size: int, capability: in
         row_stride = 0
 
     vector = 1
-    if inner == 1 and step == 1 and block_size % 16 == 0:
+    # The kernel multiplies strides that count vectors as int32, where they fit.
+    if inner == 1 and step == 1 and block_size % 16 == 0 and max(row_stride, block_stride) < 2**31:
         vector = math.gcd(16 // element_size, row_stride, block_stride, matrix_stride)
 
     candidates = most_candidates(block_size) if block_size in _SCREENED_BLOCK_SIZES else 0

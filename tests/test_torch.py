@@ -9,6 +9,7 @@ import nvfp4sweep
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 import nvfp4sweep_torch as nt  # noqa: E402
+from nvfp4sweep_torch import _tensors  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
 WEIGHT = torch.randn(32, 64, generator=GENERATOR)
@@ -26,6 +27,19 @@ def test_cpu_tensors_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     for weight in (WEIGHT, WEIGHT.half(), WEIGHT.bfloat16(), WEIGHT.t(), WEIGHT[3:, 16:48]):
         nt.calibrate(weight)
         assert seen.pop() == weight.data_ptr()
+
+
+def test_rows_further_apart_than_int32_counts() -> None:
+    if not _tensors.interpreting():
+        pytest.skip("the interpreter runs the kernels' address arithmetic on memory that is not touched")
+    storage = torch.empty(2**31 + 512, dtype=torch.bfloat16)
+    for shape in ((2, 512), (2, 16)):
+        weight = storage.as_strided(shape, (2**31, 1))
+        weight.copy_(torch.randn(shape, generator=GENERATOR))
+        with np.errstate(all="ignore"):  # the interpreter computes with NumPy, overflow included
+            found = nt.sweep(weight, implementation="triton")
+        expected = nt.sweep(weight.clone(), implementation="oracle")
+        assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
