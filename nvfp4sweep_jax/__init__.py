@@ -108,8 +108,8 @@ def calibrate_tree(
             axis of a matrix: 0 of a "kernel" [in, out], as in flax, and 1 of a "weight" [out, in], both
             after `batch_dims`; any other weight needs an axis.
         batch_dims: as for `calibrate`, or a rule: 1 for a kernel [layers, in, out] that stacks layers.
-        group: a rule that gives a weight's group. Weights of a group share a global amax, as those must
-            that a runtime fuses. None gives each weight its own.
+        group: a rule that gives a weight's group, None for its own. Weights of a group share a global
+            amax, as those must that a runtime fuses. Without a rule each weight has its own.
 
     The other arguments are those of `calibrate`.
 

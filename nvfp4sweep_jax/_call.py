@@ -1,5 +1,6 @@
 """A checked call, and the choice of an engine for where its arrays live."""
 
+import math
 from typing import Any
 
 import jax
@@ -49,12 +50,28 @@ def search(
     if engine != "xla":
         return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
 
+    _check_shards(weight, asked)
     if given is None or (check_finite and not is_traced(weight)):
         largest = _amax.absolute_maximum(weight, asked)
         if check_finite:
             check_finite_amax(largest, weight)
         given = largest if given is None else given
     return asked, _xla.run(weight, given, asked, outputs)
+
+
+def _check_shards(weight: jax.Array, asked: Problem) -> None:
+    """Explicit sharding must leave blocks whole; XLA moves what it must where sharding is its own choice."""
+    sharding = jax.typeof(weight).sharding
+    names = sharding.spec[asked.axis]
+    pieces = math.prod(
+        sharding.mesh.shape[name] for name in ([names] if isinstance(names, str) else names or ())
+    )
+    length = weight.shape[asked.axis]
+    if length // asked.block_size % pieces:
+        raise ValueError(
+            f"axis {asked.axis} of a weight of shape {weight.shape} is sharded over {pieces} devices, which"
+            f" cuts blocks of block_size={asked.block_size}: reshard it, a device to a whole number of blocks"
+        )
 
 
 def as_weight(weight: Any) -> jax.Array:

@@ -33,10 +33,26 @@ class QuantizedTensor:
     axis: int
     block_size: int
 
+    def unpack(self) -> jax.Array:
+        """float4_e2m1fn of the weight's shape, as jax.nn.scaled_matmul and qwix take it."""
+        elements: jax.Array = _unpack(self.packed, self.axis)
+        return elements
+
     def dequantize(self, dtype: Any = jnp.float32) -> jax.Array:
         """The weight that a runtime computes with: products in float32, then rounded to `dtype`."""
         weight: jax.Array = _dequantize(self, jnp.dtype(dtype))
         return weight
+
+
+@partial(jax.jit, static_argnames="axis")
+def _unpack(packed: jax.Array, axis: int) -> jax.Array:
+    nibble = _nibbles(packed, axis).reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+    return lax.bitcast_convert_type(nibble.astype(jnp.uint4), jnp.float4_e2m1fn)
+
+
+def _nibbles(packed: jax.Array, axis: int) -> jax.Array:
+    """uint8 [..., bytes, 2, ...]: the even and the odd element of each byte."""
+    return jnp.stack([packed & 15, packed >> 4], axis + 1)
 
 
 @partial(jax.jit, static_argnames="dtype")
@@ -44,7 +60,7 @@ def _dequantize(tensor: QuantizedTensor, dtype: Any) -> jax.Array:
     axis, pairs = tensor.axis, tensor.block_size // 2
     shape = tensor.packed.shape
     blocks = tensor.packed.reshape(*shape[:axis], -1, pairs, *shape[axis + 1 :])
-    nibble = jnp.stack([blocks & 15, blocks >> 4], axis + 2).astype(jnp.int32)
+    nibble = _nibbles(blocks, axis + 1).astype(jnp.int32)
     magnitude = nibble & ~formats.E2M1_SIGN_BIT
     padding = (1,) * (tensor.scale.ndim - tensor.global_scale.ndim)
     global_bits = exact.float32_bits(tensor.global_scale.reshape(tensor.global_scale.shape + padding))

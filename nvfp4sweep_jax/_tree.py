@@ -59,7 +59,8 @@ def weights(
             along = axis(name, leaf) if callable(axis) else axis
             along = _usual_axis(name, leaf, dims) if along is None else along
             asked = problems.make_problem(leaf.shape, axis=along, block_size=block_size, batch_dims=dims)
-            key = group(name, leaf) if group else name
+            key = group(name, leaf) if group else None
+            key = (name,) if key is None else key
             first, batch_shape = first_of.setdefault(key, (name, asked.batch_shape))
             if batch_shape != asked.batch_shape:
                 raise ValueError(

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from fractions import Fraction
 from functools import partial
 
@@ -376,6 +377,34 @@ def test_dequantize_is_the_cores(given):
         same(found.dequantize(dtype), expected.dequantize(dtype))
 
 
+def unpacked(axis, transform=lambda function: function):
+    """float4 elements, float32 scales, and the weight that they stand for."""
+    weight = jnp.asarray(gaussian((32, 64)) * np.float32(0.3))
+    stored = nvfp4sweep_jax.quantize(weight, axis=axis)
+    assert stored.scale.dtype == jnp.float8_e4m3fn
+    elements = transform(lambda tensor: tensor.unpack())(stored)
+    return elements, stored.scale.astype(jnp.float32) * stored.global_scale, stored.dequantize()
+
+
+@needs_host
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("transform", [lambda function: function, jax.jit])
+def test_unpacked_elements(axis, transform):
+    elements, scale, expected = unpacked(axis, transform)
+    assert elements.dtype == jnp.float4_e2m1fn
+    same(elements.astype(jnp.float32) * jnp.repeat(scale, 16, axis), expected)
+
+
+@needs_host
+@pytest.mark.parametrize("axis", [0, 1])
+def test_qwix_takes_unpacked_elements(axis):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        qwix = pytest.importorskip("qwix")
+    elements, scale, expected = unpacked(axis)
+    same(qwix.dequantize(qwix.QArray(elements, scale, qtype="nvfp4")), expected)
+
+
 def test_quantized_tensor_is_a_pytree():
     weight = gaussian()
     expected = nvfp4sweep.quantize(weight, axis=0)
@@ -558,7 +587,8 @@ def parameters():
 
 def qkv(name, leaf):
     """One group a layer."""
-    return re.sub("/[qkv]/", "/qkv/", name)
+    fused = re.sub("/[qkv]/", "/qkv/", name)
+    return fused if fused != name else None
 
 
 @needs_host
@@ -749,6 +779,28 @@ mapped = jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None
 assert np.array_equal(jax.jit(mapped)(w), nvfp4sweep.calibrate(w, global_amax=5.25))
 x = jax.device_put(w, NamedSharding(mesh, P("a")))
 assert np.array_equal(nvfp4sweep_jax.calibrate(x, implementation="oracle"), expected[1].amax)
+
+narrow = w[:, :64]  # 8 elements a device
+assert np.array_equal(
+    nvfp4sweep_jax.calibrate(jax.device_put(narrow, NamedSharding(mesh, P(None, "a")))),
+    nvfp4sweep.calibrate(narrow),
+)
+explicit = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Explicit,))
+cut = jax.device_put(narrow, NamedSharding(explicit, P(None, "a")))
+for function in (nvfp4sweep_jax.calibrate, jax.jit(nvfp4sweep_jax.calibrate)):
+    try:
+        function(cut)
+    except ValueError as error:
+        assert "axis 1 of a weight of shape (32, 64) is sharded over 8 devices, which cuts" in str(error)
+    else:
+        raise SystemExit("an explicit sharding cut blocks")
+
+kernel = jax.device_put(w.T, NamedSharding(mesh, P("a")))
+params = {"q": {"kernel": kernel}, "k": {"kernel": kernel * 2}}
+tree = nvfp4sweep_jax.calibrate_tree(params, group=lambda *_: "qk")
+for name, factor in (("q", 1), ("k", 2)):
+    amax = np.abs(w).max() * 2
+    assert np.array_equal(tree[name]["kernel"], nvfp4sweep.calibrate(w.T * factor, axis=0, global_amax=amax))
 try:
     nvfp4sweep_jax.calibrate(x, implementation="cpu")
 except ValueError as error:
