@@ -405,6 +405,17 @@ def test_qwix_takes_unpacked_elements(axis):
     same(qwix.dequantize(qwix.QArray(elements, scale, qtype="nvfp4")), expected)
 
 
+@needs_host
+def test_scaled_matmul_takes_unpacked_elements():
+    """Its shapes and dtypes: it runs on a GPU only."""
+
+    def product(x, w):
+        return jax.nn.scaled_matmul(x.unpack(), w.unpack(), x.scale, w.scale)
+
+    stored = [nvfp4sweep_jax.quantize(jnp.asarray(gaussian((1, rows, 64)))) for rows in (8, 32)]
+    assert jax.eval_shape(product, *stored).shape == (1, 8, 32)
+
+
 def test_quantized_tensor_is_a_pytree():
     weight = gaussian()
     expected = nvfp4sweep.quantize(weight, axis=0)
