@@ -131,9 +131,10 @@ def _one_dtype(dtype: torch.dtype, peers: Peers) -> dict[str, Any]:
 
 
 def _kernels(amax: torch.Tensor, n_blocks: int) -> dict[str, Call]:
-    """None of these waits for the device."""
+    """None of these waits for the device, but `calibrate`: for its check, with the sweep queued behind."""
     alone = _alone(amax)
     return {
+        "calibrate_checked": calibrate,
         "sweep": alone,
         "sweep_axis_0": partial(alone, axis=0),
         "sweep_block_size_32": partial(alone, block_size=32),

@@ -10,6 +10,7 @@ KERNELS = {
     "sweep_axis_0": "the same along axis 0",
     "sweep_block_size_32": "the same with blocks of 32",
     "sweep_with_codes_and_errors": "`sweep`: codes and errors too",
+    "calibrate_checked": "`calibrate(weight)`: finite check, global amax, sweep",
     "calibrate_in_full": "`calibrate` without check: global amax and sweep",
     "quantize": "`quantize`",
     "quantize_given_amax": "`quantize`: global amax given, no check",

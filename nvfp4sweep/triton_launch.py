@@ -76,12 +76,13 @@ def run(
     """
     search = checked is not None or given_amax is None
     plan = _plan(problem, outputs, view.stride(), view.element_size(), _capability(), search)
-    found = {name: empty(shape, dtype) for name, shape, dtype in plan.outputs}
     workspace = empty((plan.workspace_size,), "float32")
     partials = view if search else workspace
     if plan.find_largest:
         partials = workspace[plan.partials :]
         plan.find_largest(view, partials)
+    # The device is at work by now: whatever else the host has to do costs less.
+    found = {name: empty(shape, dtype) for name, shape, dtype in plan.outputs}
     if plan.tabulate:
         tables = workspace if plan.sweep else None
         plan.tabulate(
