@@ -208,7 +208,7 @@ class _Task(NamedTuple):
         code: npt.NDArray[np.uint8] | None = None,
         error: npt.NDArray[np.float32] | None = None,
     ) -> None:
-        outputs = [None if o is None else o.reshape(len(self.view), -1) for o in (amax, code, error)]
+        outputs = [None if o is None else self._by_matrix(o) for o in (amax, code, error)]
         for i, matrix in enumerate(self.view):
             largest = self.engine.sweep_matrix(
                 matrix,
@@ -220,8 +220,12 @@ class _Task(NamedTuple):
             if self.check_finite and not np.isfinite(largest):
                 raise _nonfinite(self.weight)
 
+    def _by_matrix(self, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        matrices = len(self.view)
+        return array.reshape(matrices, array.size // max(1, matrices))
+
     def pack(self, code: npt.NDArray[np.uint8], packed: npt.NDArray[np.uint8]) -> None:
-        codes, outputs = code.reshape(len(self.view), -1), packed.reshape(len(self.view), -1)
+        codes, outputs = self._by_matrix(code), self._by_matrix(packed)
         for i, matrix in enumerate(self.view):
             self.engine.pack_matrix(
                 matrix, self.global_amax[i], self.problem.block_size, codes[i], outputs[i]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from nvfp4sweep.formats import BLOCK_SIZE, MAX_CODE, MIN_CODE
 from nvfp4sweep.window import MAX_BLOCK_SIZE
 
-ENGINES = ("oracle", "cpu", "triton", "pallas", "xla")
+ENGINES = ("oracle", "cpu", "triton", "xla")
 IMPLEMENTATION_VARIABLE = "NVFP4SWEEP_IMPLEMENTATION"
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
 

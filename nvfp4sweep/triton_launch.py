@@ -3,19 +3,22 @@
 A buffer is any object that Triton takes as a pointer (data_ptr() and dtype), such as a tensor. All
 launches go to the current stream of the current device, in order, and none waits. What they need to
 know of a weight's layout is worked out once and kept: a call looks it up, allocates and launches.
+
+`run` does so for Triton's own launcher. `plan` and Launch.build are for others: XLA launches the same
+kernels within its programs.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from triton import knobs
 from triton.runtime import driver
 
 from nvfp4sweep import triton_kernels, triton_tables
 from nvfp4sweep.problem import Problem
 from nvfp4sweep.triton_blocks import INTERPRETED
+from nvfp4sweep.triton_build import Buffer, Launch
 from nvfp4sweep.window import FIRST_NORMAL_CODE, last_unhalved_code, most_candidates, window
 
 # Block sizes whose whole block fits in a thread's registers; others are compared exactly at every code.
@@ -48,8 +51,9 @@ _PARTIALS_TILE = 1024
 _MOST_DIRECT = 4 * _PARTIALS_TILE  # elements of a matrix that tabulate searches itself
 _MOST_PARTIALS = 1024
 
-_BYTES = ("code", "packed")
-_PER_MATRIX = ("global_amax", "global_scale")
+#: What `run` can compute, in the order in which it is asked for.
+BLOCKWISE = ("amax", "code", "error", "packed")
+PER_MATRIX = ("global_amax", "global_scale")
 
 Strides = tuple[int, ...]
 
@@ -62,7 +66,7 @@ def run(
     given_amax: Any = None,
     *,
     checked: Any = None,
-    before_sweep: Callable[[], None] | None = None,
+    after_check: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """The outputs of these names: amax, code, error, packed, global_amax, global_scale.
 
@@ -72,128 +76,97 @@ def run(
         given_amax: the global amaxes to use, float32 [matrices]; None takes the weight's own.
         checked: gets the largest |w|, infinite or NaN if an element is, and the global amax of each
             matrix: float32 [matrices, 2]. Without it a weight whose amax is given is not searched.
-        before_sweep: called once `checked` is on its way.
+        after_check: called once `checked` is on its way, before what is launched after that.
     """
-    search = checked is not None or given_amax is None
-    plan = _plan(problem, outputs, view.stride(), view.element_size(), _capability(), search)
-    workspace = empty((plan.workspace_size,), "float32")
-    partials = view if search else workspace
-    if plan.find_largest:
-        partials = workspace[plan.partials :]
-        plan.find_largest(view, partials)
-    # The device is at work by now: whatever else the host has to do costs less.
-    found = {name: empty(shape, dtype) for name, shape, dtype in plan.outputs}
-    if plan.tabulate:
-        tables = workspace if plan.sweep else None
-        plan.tabulate(
-            partials, given_amax, tables, found.get("global_amax"), found.get("global_scale"), checked
-        )
-    if before_sweep is not None:
-        before_sweep()
-    if plan.sweep:
-        plan.sweep(
-            view, workspace, found.get("amax"), found.get("code"), found.get("error"), found.get("packed")
-        )
-    return found
-
-
-class _Launch:
-    """A kernel and all its arguments but the buffers, which come first."""
-
-    def __init__(
-        self,
-        kernel: Any,
-        grid: tuple[int, int],
-        numbers: tuple[Any, ...],
-        constants: tuple[Any, ...],
-        warps: int,
-        **options: Any,
-    ):
-        self._kernel = kernel
-        self._grid = (*grid, 1)
-        self._rest = (*numbers, *constants)
-        self._options = {"num_warps": warps, **options}
-        self._compiled: dict[tuple[Any, ...], Any] = {}
-
-    def __call__(self, *buffers: Any) -> None:
-        """Triton's own way to a compiled kernel takes longer than a small sweep. What it specializes a
-        kernel by is all in the key, or in this object; the numbers are exempt (do_not_specialize)."""
-        if INTERPRETED.value:
-            self._kernel[self._grid](*buffers, *self._rest, num_warps=self._options["num_warps"])
-            return
-        active = driver.active
-        device = active.get_current_device()
-        addresses = [None if buffer is None else buffer.data_ptr() for buffer in buffers]
-        key = (device, buffers[0].dtype, *[a and a % 16 for a in addresses])
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            # Fused multiply-adds are written out where they are meant: Triton's default changes in 3.10.
-            self._compiled[key] = self._kernel[self._grid](
-                *buffers, *self._rest, enable_fp_fusion=False, **self._options
-            )
-            return
-        stream = active.get_current_stream(device)
-        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        if enter.calls or leave.calls:  # a profiler's
-            compiled[self._grid](*addresses, *self._rest, stream=stream)
-        else:
-            compiled.run(
-                *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None,
-                *addresses, *self._rest,
-            )  # fmt: skip
-
-
-class _Plan(NamedTuple):
-    """A call of `run`: its buffers and its launches, None where there is nothing to do."""
-
-    outputs: tuple[tuple[str, tuple[int, ...], str], ...]  # name, shape, dtype
-    workspace_size: int  # float32 elements: a TABLE a matrix, and the partial maxima
-    partials: int  # where those begin
-    find_largest: _Launch | None
-    tabulate: _Launch | None
-    sweep: _Launch | None
+    launches = plan(
+        problem, outputs, view.stride(), view.element_size(), _capability(),
+        given=given_amax is not None, checked=checked is not None,
+    )  # fmt: skip
+    buffers = {"weight": view, "given_amax": given_amax, "checked": checked}
+    for launch in launches:
+        # The device is at work from the first launch on: what the host does later costs less.
+        for name, shape, dtype in launch.allocates:
+            buffers[name] = empty(shape, dtype)
+        launch(*[None if name is None else buffers[name] for name in launch.buffers])
+        if after_check is not None and "checked" in launch.writes:
+            after_check()
+    for name, shape, dtype in output_buffers(problem, outputs):  # of an empty weight
+        if name not in buffers:
+            buffers[name] = empty(shape, dtype)
+    return {name: buffers[name] for name in outputs}
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
+def plan(
     problem: Problem,
     outputs: tuple[str, ...],
     strides: Strides,
     element_size: int,
     capability: int,
-    search: bool,
-) -> _Plan:
-    shapes = {
-        "amax": problem.block_shape,
-        "code": problem.block_shape,
-        "error": problem.block_shape,
-        "packed": problem.packed_shape,
-        "global_amax": problem.batch_shape,
-        "global_scale": problem.batch_shape,
-    }
-    buffers = tuple((name, shapes[name], "uint8" if name in _BYTES else "float32") for name in outputs)
+    *,
+    given: bool,
+    checked: bool,
+) -> tuple[Launch, ...]:
+    """The launches of a call, in order.
+
+    Args:
+        strides: of the weight as Problem.view_shape, in elements of element_size bytes.
+        capability: of the device, as 90 for 9.0; 0 under the interpreter.
+        given, checked: whether there are these buffers.
+    """
     matrices = problem.view_shape[0]
     if not matrices:
-        return _Plan(buffers, 0, 0, None, None, None)
+        return ()
+    search = checked or not given
     overlap = _overlaps(capability)
-    find_largest, n_partials = _find_largest(problem, strides, overlap) if search else (None, 0)
+    launches = []
+    partials, n_partials = "given_amax", 0  # read by nobody
+    if search:
+        find_largest, n_partials = _find_largest(problem, strides, overlap)
+        partials = "partials" if find_largest else "weight"
+        launches += [find_largest] if find_largest else []
+    sweep = None
+    if any(name in BLOCKWISE for name in outputs):
+        sweep = _sweep(problem, outputs, strides, element_size, capability)
     bounds = window(problem.block_size)
-    blockwise = any(name not in _PER_MATRIX for name in outputs)
-    return _Plan(
-        buffers,
-        matrices * (_TABLE + (n_partials if find_largest else 0)),
-        matrices * _TABLE,
-        find_largest,
-        _Launch(
-            triton_tables.tabulate, (matrices, 1), (n_partials, bounds.lower, bounds.upper),
-            (_PARTIALS_TILE if search else 0, overlap), _TABULATE_WARPS,
-            launch_pdl=overlap and bool(find_largest),
-        ),
-        _sweep(problem, strides, element_size, capability) if blockwise else None,
-    )  # fmt: skip
+    wanted = [name for name in PER_MATRIX if name in outputs]
+    launches.append(
+        Launch(
+            triton_tables.tabulate,
+            (matrices, 1),
+            (partials, "given_amax") if given else (partials,),
+            (
+                *(() if given else (None,)),
+                "tables" if sweep else None,
+                *(name if name in wanted else None for name in PER_MATRIX),
+                "checked" if checked else None,
+            ),
+            (
+                *([("tables", (matrices * _TABLE,), "float32")] if sweep else []),
+                *output_buffers(problem, wanted),
+            ),
+            (n_partials, bounds.lower, bounds.upper),
+            (_PARTIALS_TILE if search else 0, overlap),
+            _TABULATE_WARPS,
+            launch_pdl=overlap and len(launches) > 0,
+        )
+    )
+    return (*launches, sweep) if sweep else tuple(launches)
 
 
-def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[_Launch | None, int]:
+def output_buffers(problem: Problem, outputs: Sequence[str]) -> tuple[Buffer, ...]:
+    shapes = {
+        "amax": (problem.block_shape, "float32"),
+        "code": (problem.block_shape, "uint8"),
+        "error": (problem.block_shape, "float32"),
+        "packed": (problem.packed_shape, "uint8"),
+        "global_amax": (problem.batch_shape, "float32"),
+        "global_scale": (problem.batch_shape, "float32"),
+    }
+    return tuple((name, *shapes[name]) for name in outputs)
+
+
+def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[Launch | None, int]:
     """The launch that finds each matrix's partial maxima, and their number.
 
     A small matrix without gaps needs none: its elements are as good as partial maxima.
@@ -205,15 +178,18 @@ def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[_L
         return None, n_elements
     tiles = -(-n_elements // _LARGEST_TILE)
     n_partials = max(1, min(tiles, _MOST_PARTIALS // matrices))
-    launch = _Launch(
-        triton_tables.largest, (n_partials, min(matrices, _MOST_ROWS)),
+    launch = Launch(
+        triton_tables.largest, (n_partials, min(matrices, _MOST_ROWS)), ("weight",), ("partials",),
+        (("partials", (matrices * n_partials,), "float32"),),
         (*strides, length, inner, n_elements, matrices, n_partials, -(-tiles // n_partials)),
         (dense, _LARGEST_TILE, overlap), _LARGEST_WARPS,
     )  # fmt: skip
     return launch, n_partials
 
 
-def _sweep(problem: Problem, strides: Strides, element_size: int, capability: int) -> _Launch | None:
+def _sweep(
+    problem: Problem, outputs: tuple[str, ...], strides: Strides, element_size: int, capability: int
+) -> Launch | None:
     block_size = problem.block_size
     tuning = _TUNING.get((capability, element_size, block_size), _DEFAULT_TUNING)
     tile = 32 * tuning.warps
@@ -253,9 +229,12 @@ def _sweep(problem: Problem, strides: Strides, element_size: int, capability: in
     candidates = most_candidates(block_size) if block_size in _SCREENED_BLOCK_SIZES else 0
     bounds = window(block_size)
     overlap = _overlaps(capability)
-    return _Launch(
+    return Launch(
         triton_kernels.sweep,
         (tiles, min(matrices, _MOST_ROWS)),
+        ("weight", "tables"),
+        tuple(name if name in outputs else None for name in BLOCKWISE),
+        output_buffers(problem, [name for name in outputs if name in BLOCKWISE]),
         (
             matrix_stride // vector, outer_stride, row_stride // vector,
             block_stride // vector, step, inner_stride,

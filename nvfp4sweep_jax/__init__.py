@@ -3,13 +3,15 @@
 Which engine serves a call, unless `implementation` or NVFP4SWEEP_IMPLEMENTATION names one:
 
 - an array on one CPU device: "cpu", the core's Numba kernels on the array's own memory;
-- an array on one CUDA device: "triton", the core's Triton kernels, where PyTorch for CUDA and Triton
-  can be imported (the call then waits for the device), else "xla";
-- a traced array (inside jit, vmap, grad, shard_map), an array over several devices, and any other
-  device: "xla", which is plain jnp. It keeps the weight's sharding and needs no 64-bit mode.
+- an array on one or several CUDA devices: "triton", the core's Triton kernels as part of an XLA program,
+  where Triton can be imported, else "xla";
+- a traced array (inside jit, vmap, grad, shard_map): "triton" where its program is lowered for CUDA and
+  Triton can be imported, else "xla";
+- any other: "xla", which is plain jnp.
 
-"xla" serves all of these; "oracle", the definition, all that are not traced. An engine that cannot
-serve an array raises ValueError. Every engine gives the same bits.
+"xla" serves all of these; "oracle", the definition, all that are not traced. Both "triton" and "xla" keep
+the weight's sharding and need no 64-bit mode. An engine that cannot serve an array raises ValueError.
+Every engine gives the same bits.
 
 While a call is traced no value can be checked: an element that is NaN makes the weight's own
 global amax, and so every block amax, NaN. Nothing here is differentiable: results are constants to
@@ -74,7 +76,7 @@ def calibrate(
         TypeError: `weight` is not a JAX array, or has another dtype.
         ValueError: as nvfp4sweep.calibrate; an implementation that cannot serve the array, as any but
             "xla" under jit.
-        NotImplementedError: importance or hessian is given, or implementation is "pallas".
+        NotImplementedError: importance or hessian is given.
     """
     _, found = _call.search(
         "calibrate", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,

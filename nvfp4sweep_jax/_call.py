@@ -6,11 +6,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
-from nvfp4sweep_jax import _amax, _eager, _xla
+from nvfp4sweep_jax import _amax, _eager, _triton, _xla
 from nvfp4sweep_jax._xla import Found
+
+#: The engine of a traced array is chosen when it is known which platform its program is for.
+_BY_PLATFORM = "triton or xla"
 
 #: What each public function needs of an engine.
 _OUTPUTS = {
@@ -45,18 +49,39 @@ def search(
     traced = is_traced(weight) or is_traced(given)
     engine = _choose_engine(weight, traced, implementation)
     outputs = _OUTPUTS[function]
-    if engine == "triton":
-        return asked, _eager.through_torch(weight, asked, outputs, given, check_finite)
-    if engine != "xla":
+    if engine in ("cpu", "oracle"):
         return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
 
     _check_shards(weight, asked)
-    if given is None or (check_finite and not is_traced(weight)):
+    check_finite = check_finite and not traced
+    if engine == _BY_PLATFORM:
+        return asked, _by_platform(weight, given, asked, outputs)
+    if engine == "triton":
+        found, largest = _triton.run(weight, given, asked, outputs, check_finite)
+        if check_finite:
+            check_finite_amax(largest, weight)
+        return asked, found
+    if given is None or check_finite:
         largest = _amax.absolute_maximum(weight, asked)
         if check_finite:
             check_finite_amax(largest, weight)
         given = largest if given is None else given
     return asked, _xla.run(weight, given, asked, outputs)
+
+
+def _by_platform(weight: jax.Array, given: Any, asked: Problem, outputs: tuple[str, ...]) -> Found:
+    """Triton's kernels where the program is lowered for CUDA, plain jnp elsewhere."""
+
+    def by_triton(weight: jax.Array, given: jax.Array | None) -> Found:
+        found: Found = _triton.run(weight, given, asked, outputs, False)[0]
+        return found
+
+    def by_xla(weight: jax.Array, given: jax.Array | None) -> Found:
+        amax = _amax.absolute_maximum(weight, asked) if given is None else given
+        found: Found = _xla.run(weight, amax, asked, outputs)
+        return found
+
+    return lax.platform_dependent(weight, given, cuda=by_triton, default=by_xla)  # type: ignore[no-any-return]
 
 
 def _check_shards(weight: jax.Array, asked: Problem) -> None:
@@ -107,21 +132,24 @@ def _given_amax(global_amax: Any, asked: Problem) -> Any:
 
 
 def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:
-    # Once with every engine, for the name alone: an engine that is served nowhere has its own message.
+    # Once with every engine, for the name alone: Triton is imported only where it may be used.
     name = problems.choose_engine(implementation, default="", served=problems.ENGINES, where="")
-    if name == "pallas":
-        raise NotImplementedError("the pallas engine is not built yet: use xla, which runs everywhere")
     if traced:
-        served, where = ["xla"], "a traced array (inside jit, vmap, grad and the like)"
+        platform, where = "", "a traced array (inside jit, vmap, grad and the like)"
     elif len(weight.devices()) > 1:
-        served, where = ["xla", "oracle"], "an array over several devices"
+        platform, where = next(iter(weight.devices())).platform, "an array over several devices"
     else:
         (device,) = weight.devices()
-        served, where = ["xla", "oracle"], f"a JAX array on {device}"
-        if device.platform == "cpu":
-            served.insert(0, "cpu")
-        if name == "triton" or (not name and device.platform != "cpu"):
-            reason = _eager.why_not_triton(device)
-            where += f" ({reason})" if reason else ""
-            served[:0] = [] if reason else ["triton"]
-    return problems.choose_engine(implementation, default=served[0], served=served, where=where)
+        platform, where = device.platform, f"a JAX array on {device}"
+    served = ["xla"] if traced else ["xla", "oracle"]
+    if platform == "cpu" and len(weight.devices()) == 1:
+        served.insert(0, "cpu")
+    default = served[0]
+    if name == "triton" or (not name and platform != "cpu" and _triton.capability()):
+        reason = _triton.why_not(platform)
+        if reason:
+            where += f" ({reason})"
+        else:
+            served.append("triton")
+            default = "triton" if platform else _BY_PLATFORM
+    return problems.choose_engine(implementation, default=default, served=served, where=where)

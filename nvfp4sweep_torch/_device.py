@@ -38,7 +38,7 @@ def run(
             lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=device),
             given,
             checked=watch and watch.values,
-            before_sweep=watch and watch.mark,
+            after_check=watch and watch.mark,
         )
         if watch:
             watch.check()

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,13 @@ def _torch_engine(name: str, device: str, implementation: str, rows: int) -> Eng
     return Engine(name, *map(call, functions), rows=rows)
 
 
-def _jax_engine(name: str, *, traced: bool) -> Engine:
+def _jax_engine(name: str, implementation: str | None = None) -> Engine:
     import jax
     import jax.numpy as jnp
 
     import nvfp4sweep_jax
+
+    traced = name != "jax"
 
     @functools.cache
     def jitted(function: Answer, options: tuple[tuple[str, Any], ...]) -> Answer:
@@ -109,6 +111,7 @@ def _jax_engine(name: str, *, traced: bool) -> Engine:
     def call(function: Answer) -> Answer:
         def run(weight: Any, **options: Any) -> Any:
             array = jnp.asarray(weight.astype(np.float32) if weight.dtype == np.float64 else weight)
+            options["implementation"] = implementation
             if traced:
                 amax = options.pop("global_amax", None)
                 result = jitted(function, tuple(options.items()))(array, amax)
@@ -137,11 +140,13 @@ _ENGINES: dict[str, tuple[list[str], Callable[[], Engine]]] = {
         ["torch", "triton"],
         lambda: _torch_engine("triton", *(("cuda", "triton", 64) if CUDA else ("cpu", "triton", 2))),
     ),
-    "jax": (["jax"] if CUDA else ["numba", "jax"], lambda: _jax_engine("jax", traced=False)),
-    "jit": (["jax"], lambda: _jax_engine("jit", traced=True)),
+    "jax": (["jax", "triton"] if CUDA else ["numba", "jax"], lambda: _jax_engine("jax")),
+    "jit": (["jax", "triton"] if CUDA else ["jax"], lambda: _jax_engine("jit")),
 }
 #: What runs on a CUDA device where there is one.
-ON_DEVICE = {"triton", "jax", "jit"}
+ON_DEVICE = {"triton", "jax", "jit", "xla"}
+if CUDA:  # elsewhere it is what "jit" chooses
+    _ENGINES["xla"] = (["jax"], lambda: _jax_engine("xla", "xla"))
 
 
 def _parameter(name: str) -> Any:
@@ -163,3 +168,12 @@ def engine(request: pytest.FixtureRequest) -> Engine:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not CUDA:
         (pytest.fail if REQUIRED else pytest.skip)("no CUDA device")
+
+
+@pytest.fixture
+def on_host() -> Iterator[None]:
+    """JAX makes its arrays on the CPU, also where there is a GPU."""
+    import jax
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        yield
