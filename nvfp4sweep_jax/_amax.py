@@ -1,10 +1,9 @@
 """The largest magnitude of a weight, and float64 weights as float32: before any search."""
 
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from nvfp4sweep.problem import Problem
@@ -13,24 +12,22 @@ from nvfp4sweep_jax import _arithmetic as exact
 Array = jax.Array
 
 
+_SLICES = 8
+
+
 @partial(jax.jit, static_argnames="problem")
 def absolute_maximum(weight: Array, problem: Problem) -> Array:
     """float32 of problem.batch_shape: each matrix's largest |w|; NaN or infinite if an element is."""
-    weight = as_float32(lax.stop_gradient(weight))
+    axis = problem.axis
     axes = tuple(range(problem.batch_dims, weight.ndim))
-    magnitude = jnp.abs(weight)
-    # XLA may skip NaN in a maximum.
-    finite = jnp.where(magnitude < np.inf, magnitude, np.array(np.inf, weight.dtype))
-    largest = exact.magnitude_bits(jnp.max(finite, axis=axes, initial=0))
-
-    # Subnormals may count as 0 there, and NaN as infinity. Integers tell them apart, but XLA is slow to
-    # compare those: the loop runs once, and only where it matters.
-    def compare_bits(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        bits = jnp.max(exact.magnitude_bits(weight), axis=axes, initial=0)
-        return bits, bits < 0
-
-    unsure = (largest < exact.SMALLEST_NORMAL_BITS) | (largest >= exact.INF_BITS)
-    bits, _ = lax.while_loop(lambda carry: jnp.any(carry[1]), compare_bits, (largest, unsure))
+    weight = as_float32(weight)
+    # As integers, whose order keeps NaN the largest and subnormals apart from 0. XLA on a CPU is slow to
+    # reduce those, so most of it is done elementwise.
+    length = weight.shape[axis]
+    slices = _SLICES if length % _SLICES == 0 else 1
+    view = weight.reshape(*weight.shape[:axis], length // slices, slices, *weight.shape[axis + 1 :])
+    parts = [exact.magnitude_bits(lax.index_in_dim(view, i, axis + 1, keepdims=False)) for i in range(slices)]
+    bits = jnp.max(reduce(jnp.maximum, parts), axis=axes, initial=0)
     return exact.from_bits(bits)
 
 

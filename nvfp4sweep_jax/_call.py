@@ -11,10 +11,7 @@ from jax import lax
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
 from nvfp4sweep_jax import _amax, _eager, _triton, _xla
-from nvfp4sweep_jax._xla import Found
-
-#: The engine of a traced array is chosen when it is known which platform its program is for.
-_BY_PLATFORM = "triton or xla"
+from nvfp4sweep_jax._operands import Found, Operands, Run, over_stacks
 
 #: What each public function needs of an engine.
 _OUTPUTS = {
@@ -53,35 +50,30 @@ def search(
         return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
 
     _check_shards(weight, asked)
-    check_finite = check_finite and not traced
-    if engine == _BY_PLATFORM:
-        return asked, _by_platform(weight, given, asked, outputs)
-    if engine == "triton":
-        found, largest = _triton.run(weight, given, asked, outputs, check_finite)
-        if check_finite:
-            check_finite_amax(largest, weight)
-        return asked, found
-    if given is None or check_finite:
-        largest = _amax.absolute_maximum(weight, asked)
-        if check_finite:
-            check_finite_amax(largest, weight)
-        given = largest if given is None else given
-    return asked, _xla.run(weight, given, asked, outputs)
+    operands = Operands(weight, given)
+    if traced:
+        return asked, over_stacks(_RUN[engine], asked, outputs)(lax.stop_gradient(operands))
+    found = _RUN[engine](operands, asked, (*outputs, "largest") if check_finite else outputs)
+    if check_finite:
+        check_finite_amax(found.largest, weight)
+        if isinstance(given, jax.Array):
+            problems.global_amax_per_matrix(np.asarray(given), asked)
+    return asked, found
 
 
-def _by_platform(weight: jax.Array, given: Any, asked: Problem, outputs: tuple[str, ...]) -> Found:
+def _by_platform(operands: Operands, asked: Problem, outputs: tuple[str, ...]) -> Found:
     """Triton's kernels where the program is lowered for CUDA, plain jnp elsewhere."""
+    found: Found = lax.platform_dependent(
+        operands,
+        cuda=lambda operands: _triton.run(operands, asked, outputs),
+        default=lambda operands: _xla.run(operands, asked, outputs),
+    )
+    return found
 
-    def by_triton(weight: jax.Array, given: jax.Array | None) -> Found:
-        found: Found = _triton.run(weight, given, asked, outputs, False)[0]
-        return found
 
-    def by_xla(weight: jax.Array, given: jax.Array | None) -> Found:
-        amax = _amax.absolute_maximum(weight, asked) if given is None else given
-        found: Found = _xla.run(weight, amax, asked, outputs)
-        return found
-
-    return lax.platform_dependent(weight, given, cuda=by_triton, default=by_xla)  # type: ignore[no-any-return]
+#: The engine of a traced array is chosen when it is known which platform its program is for.
+_BY_PLATFORM = "triton or xla"
+_RUN: dict[str, Run] = {"triton": _triton.run, "xla": _xla.run, _BY_PLATFORM: _by_platform}
 
 
 def _check_shards(weight: jax.Array, asked: Problem) -> None:
@@ -118,17 +110,19 @@ def check_finite_amax(largest: jax.Array, weight: jax.Array) -> None:
 
 
 def _given_amax(global_amax: Any, asked: Problem) -> Any:
-    """float32 of the batch axes' shape, on the host unless it is traced; None if not given."""
+    """float32 of the batch axes' shape; None if not given. An array's values are not looked at."""
     if global_amax is None:
         return None
-    if not is_traced(global_amax):
-        return problems.global_amax_per_matrix(np.asarray(global_amax), asked).reshape(asked.batch_shape)
-    if not (
-        jnp.issubdtype(global_amax.dtype, jnp.floating) or jnp.issubdtype(global_amax.dtype, jnp.integer)
-    ):
-        raise TypeError(f"global_amax has dtype {global_amax.dtype}: it must be real numbers")
-    problems.check_global_amax_shape(global_amax.shape, asked)
-    return jnp.broadcast_to(_amax.as_float32(global_amax).astype(jnp.float32), asked.batch_shape)
+    if not isinstance(global_amax, jax.Array):
+        return problems.global_amax_per_matrix(global_amax, asked).reshape(asked.batch_shape)
+    if global_amax.dtype != jnp.float32:
+        if not jnp.issubdtype(global_amax.dtype, jnp.number) or jnp.iscomplexobj(global_amax):
+            raise TypeError(f"global_amax has dtype {global_amax.dtype}: it must be real numbers")
+        global_amax = _amax.as_float32(global_amax).astype(jnp.float32)
+    if global_amax.shape != asked.batch_shape:
+        problems.check_global_amax_shape(global_amax.shape, asked)
+        global_amax = jnp.broadcast_to(global_amax, asked.batch_shape)
+    return global_amax
 
 
 def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import nvfp4sweep
 from nvfp4sweep.problem import Problem, nonfinite_error
 from nvfp4sweep_jax._amax import as_float32
-from nvfp4sweep_jax._xla import Found
+from nvfp4sweep_jax._operands import Found
 
 
 def on_host(

@@ -3,8 +3,8 @@
 Each launch is a custom call that jaxlib registers for Triton kernels, so neither PyTorch nor a copy nor a
 wait comes between: XLA allocates, orders and frees. The kernels are compiled when the program is lowered.
 
-Under vmap the mapped axis becomes one more axis of stacked matrices. On a sharded weight every device
-searches its own blocks, as the partitioner is told here; only global amaxes cross devices.
+On a sharded weight every device searches its own blocks, as the partitioner is told here; only global
+amaxes cross devices.
 """
 
 import functools
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
@@ -28,7 +27,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from nvfp4sweep.problem import Problem, make_problem
 from nvfp4sweep_jax import _amax
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax._xla import Found
+from nvfp4sweep_jax._operands import Found, Operands
 
 Array = jax.Array
 
@@ -67,50 +66,14 @@ def capability() -> int:
     return round(10 * float(version))
 
 
-@functools.partial(jax.jit, static_argnames=("problem", "outputs", "find_largest"))
-def run(
-    weight: Array, global_amax: Array | None, problem: Problem, outputs: tuple[str, ...], find_largest: bool
-) -> tuple[Found, Array | None]:
-    """As _xla.run, and the largest |w| of each matrix if it is wanted.
-
-    Args:
-        weight: of problem.shape, float32, float16, bfloat16 or float64.
-        global_amax: float32 of problem.batch_shape; None takes the weight's own.
-    """
-    weight, global_amax = lax.stop_gradient((weight, global_amax))
-    wanted = (*outputs, *(["largest"] if find_largest else []))
-    given = () if global_amax is None else (global_amax,)
-    results = _mapped(problem, wanted, len(given))(_amax.as_float32(weight), *given)
+@functools.partial(jax.jit, static_argnames=("problem", "outputs"))
+def run(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
+    """Compute the fields of Found named in `outputs`."""
+    weight, *given = (x for x in operands if x is not None)
+    results = _partitioned(problem, outputs, len(given))(_amax.as_float32(weight), *given)
     # Within shard_map they vary as the weight does.
     varying = tuple(sorted(jax.typeof(weight).manual_axis_type.varying))
-    found = dict(zip(wanted, lax.pcast(results, varying, to="varying"), strict=True))
-    largest = found.pop("largest", None)
-    return Found(**found), largest
-
-
-# --- under vmap -----------------------------------------------------------------------------------
-
-
-@functools.cache
-def _mapped(problem: Problem, outputs: tuple[str, ...], n_given: int) -> Callable[..., tuple[Array, ...]]:
-    """A function of the weight and, if n_given is 1, of its global amaxes."""
-    search = custom_vmap(_partitioned(problem, outputs, n_given))
-
-    @search.def_vmap
-    def rule(size: int, batched: Sequence[bool], weight: Array, *given: Array) -> Any:
-        if not batched[0]:  # other global amaxes for the same weight
-            return lax.map(lambda amax: search(weight, amax), given[0]), (True,) * len(outputs)
-        given = tuple(
-            amax if is_batched else jnp.broadcast_to(amax, (size, *amax.shape))
-            for amax, is_batched in zip(given, batched[1:], strict=True)
-        )
-        stacked = make_problem(
-            weight.shape, axis=problem.axis + 1, block_size=problem.block_size,
-            batch_dims=problem.batch_dims + 1, min_code=problem.min_code,
-        )  # fmt: skip
-        return _mapped(stacked, outputs, n_given)(weight, *given), (True,) * len(outputs)
-
-    return search
+    return Found(**dict(zip(outputs, lax.pcast(results, varying, to="varying"), strict=True)))
 
 
 # --- on a sharded weight ----------------------------------------------------------------------------

@@ -30,7 +30,7 @@ codes without room for it in `_screen`, n > 32) the whole window or all codes ar
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,8 @@ from nvfp4sweep.window import (
     window,
 )
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax._amax import as_float32
+from nvfp4sweep_jax._amax import absolute_maximum, as_float32
+from nvfp4sweep_jax._operands import Found, Operands
 
 Array = jax.Array
 
@@ -57,26 +58,14 @@ _LARGEST_RELATIVE_PEAK = 2.0**40
 _U = 2.0**-24
 
 
-class Found(NamedTuple):
-    """What `run` computes; what was not asked for is None. Shapes as in nvfp4sweep.api."""
-
-    amax: Any = None
-    code: Any = None
-    error: Any = None
-    packed: Any = None
-    global_amax: Any = None
-    global_scale: Any = None
-
-
 @partial(jax.jit, static_argnames=("problem", "outputs"))
-def run(weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str, ...]) -> Found:
-    """Search every block and compute the fields of Found named in `outputs`.
-
-    Args:
-        weight: of problem.shape, float32, float16, bfloat16 or float64.
-        global_amax: float32 of problem.batch_shape, >= 0.
-    """
-    weight, global_amax = lax.stop_gradient((weight, global_amax))
+def run(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
+    """Search every block and compute the fields of Found named in `outputs`."""
+    weight, global_amax = operands
+    largest = None
+    if global_amax is None or "largest" in outputs:
+        largest = absolute_maximum(weight, problem)
+        global_amax = largest if global_amax is None else global_amax
     view = _block_view(as_float32(weight), problem)
     given = global_amax.reshape(global_amax.shape + (1,) * (weight.ndim - problem.batch_dims))
     amax_bits = exact.magnitude_bits(given)
@@ -96,6 +85,7 @@ def run(weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str,
             packed=_pack(view, scale, problem) if "packed" in outputs else None,
             global_amax=global_amax if "global_amax" in outputs else None,
             global_scale=exact.checkpoint_scale(global_amax) if "global_scale" in outputs else None,
+            largest=largest if "largest" in outputs else None,
         )
 
 
@@ -108,12 +98,14 @@ def _block_view(x: Array, problem: Problem) -> Array:
     return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
 
 
-def _fold(view: Array, problem: Problem, step: Callable[[Any, Array], Any], start: Any) -> Any:
+def _fold(
+    view: Array, problem: Problem, step: Callable[[Any, Array], Any], start: Any, zero: Array | int = 0
+) -> Any:
     """step(...step(step(start, w[0]), w[1])..., w[n - 1]) over the elements of every block."""
     axis = problem.axis + 1
     if problem.block_size <= MAX_UNROLLED_BLOCK_SIZE:
-        for w in _elements(view, problem):
-            start = step(start, w)
+        for i in range(problem.block_size):
+            start = step(start, lax.dynamic_index_in_dim(view, i + zero, axis, keepdims=False))
         return start
     return lax.fori_loop(
         0,
@@ -252,24 +244,30 @@ def _settle(screened: Array, view: Array, amax_bits: Array, problem: Problem) ->
         exists = (rest != 0) & (done < first + count - 1)
         return best, jnp.where(exists, done + 1 + _trailing_zeros(rest), done), exists
 
-    def unsettled(carry: tuple[Array, Array]) -> Array:
-        return jnp.any(rival(*carry)[2])
+    def unsettled(carry: tuple[Array, Array, Array]) -> Array:
+        return jnp.any(rival(*carry[:2])[2])
 
-    def compare(carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        screened, state = carry
+    def compare(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        screened, state, turn = carry
         best, code, exists = rival(screened, state)
         scales = [exact.block_scale(c, global_amax) for c in (best, code)]
-        ours, theirs = _exact_objectives(view, scales, problem)
-        return screened, jnp.where(exists & exact.less(theirs, ours), code, best) | code << 7
+        ours, theirs = _exact_objectives(view, scales, problem, jnp.minimum(turn, 0))
+        return screened, jnp.where(exists & exact.less(theirs, ours), code, best) | code << 7, turn + 1
 
     # state: best | last compared << 7, and 0 before the first round. Made from `screened` so that it
     # has its sharding; one small array a round, so that XLA computes the objectives once.
-    screened, state = lax.while_loop(unsettled, compare, (screened, screened * 0))
+    screened, state, _ = lax.while_loop(unsettled, compare, (screened, screened * 0, jnp.int32(0)))
     return jnp.where(state == 0, _first_left(screened), state & 127)
 
 
-def _exact_objectives(view: Array, scales: list[Array], problem: Problem) -> list[tuple[Array, Array]]:
-    """s^2 B - 2 s A at each scale as a float64 pair: the error less its constant part."""
+def _exact_objectives(
+    view: Array, scales: list[Array], problem: Problem, zero: Array
+) -> list[tuple[Array, Array]]:
+    """s^2 B - 2 s A at each scale as a float64 pair: the error less its constant part.
+
+    `zero` is 0, which XLA must not know: within a loop it would otherwise slice the weight beforehand, and
+    write as much as it reads, whether the loop runs or not.
+    """
     inverses = [exact.reciprocal(scale) for scale in scales]
 
     def add(sums: list[tuple[Array, Array]], w: Array) -> list[tuple[Array, Array]]:
@@ -282,7 +280,7 @@ def _exact_objectives(view: Array, scales: list[Array], problem: Problem) -> lis
 
     zeros = [(scale * 0, scale * 0) for scale in scales]
     objectives = []
-    for scale, (a, b) in zip(scales, _fold(view, problem, add, zeros), strict=True):
+    for scale, (a, b) in zip(scales, _fold(view, problem, add, zeros, zero), strict=True):
         # Every product is exact: scale has 24 bits, b 26 at most, a split half 27.
         square_high, square_low = exact.split(scale * scale)
         f_high, f_low = exact.two_sum(square_high * b, square_low * b)

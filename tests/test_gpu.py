@@ -151,9 +151,14 @@ def test_jax_on_the_device(weight, expected) -> None:  # type: ignore[no-untyped
     import nvfp4sweep_jax
 
     array = jax.device_put(weight.cpu().numpy(), jax.devices("cuda")[0])
-    for found in (nvfp4sweep_jax.sweep(array), jax.jit(nvfp4sweep_jax.sweep)(array)):
+    sweep = nvfp4sweep_jax.sweep
+    by_xla = jax.jit(lambda w: sweep(w, implementation="xla"))
+    for found in (sweep(array), jax.jit(sweep)(array), by_xla(array)):
         assert found.code.devices() == array.devices()
         np.testing.assert_array_equal(np.asarray(found.code), expected.cpu().numpy())
+    for function, kernels in ((sweep, 3), (lambda w: sweep(w, implementation="xla"), 0)):
+        program = jax.jit(function).lower(array).as_text()
+        assert program.count("triton_kernel_call_ffi") == kernels
 
 
 def test_jax_arrays_die_safely(weight, expected) -> None:  # type: ignore[no-untyped-def]
@@ -169,3 +174,36 @@ def test_jax_arrays_die_safely(weight, expected) -> None:  # type: ignore[no-unt
         del array
         jax.device_put(np.full_like(host, 7.0), jax.devices("cuda")[0]) * 2
     assert all(np.array_equal(np.asarray(code), expected.cpu().numpy()) for code in codes)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "xla"])
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_jax_sharded_over_devices(weight, implementation, axis_type) -> None:  # type: ignore[no-untyped-def]
+    """Rows, columns and both: no device gets another's blocks, and codes are those of one device."""
+    jax = pytest.importorskip("jax")
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+    import nvfp4sweep_jax
+
+    devices = len(jax.devices("cuda"))
+    if devices < 2:
+        pytest.skip("one CUDA device")
+    host = weight.cpu().numpy()
+    expected = nvfp4sweep.sweep(host)
+    sweep = jax.jit(lambda w: nvfp4sweep_jax.sweep(w, implementation=implementation))
+    meshes = {
+        (devices, 1): [PartitionSpec("a"), PartitionSpec(None, "a")],
+        (2, devices // 2): [PartitionSpec("a", "b"), PartitionSpec(None, ("a", "b"))],
+    }
+    for shape, specs in meshes.items():
+        mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(getattr(AxisType, axis_type),) * 2)
+        for spec in specs:
+            array = jax.device_put(host, NamedSharding(mesh, spec))
+            compiled = sweep.lower(array).compile()
+            found = compiled(array)
+            for got, wanted in zip(found, expected, strict=True):
+                np.testing.assert_array_equal(np.asarray(got), wanted)
+            assert found.code.sharding.is_equivalent_to(array.sharding, 2)
+            assert "all-gather" not in compiled.as_text()
+    eager = nvfp4sweep_jax.sweep(array)
+    np.testing.assert_array_equal(np.asarray(eager.code), expected.code)

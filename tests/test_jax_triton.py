@@ -116,14 +116,13 @@ from functools import partial
 import jax, numpy as np, nvfp4sweep, nvfp4sweep_jax
 from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from nvfp4sweep_jax import _amax, _triton, _xla
+from nvfp4sweep_jax import _triton, _xla
+from nvfp4sweep_jax._operands import Operands
 
-def search(weight, *given, problem, outputs):
+def search(*operands, problem, outputs):
     # In place of the kernels, which have no devices here: what a device is asked for its own part.
-    largest = _amax.absolute_maximum(weight, problem)
-    wanted = tuple(name for name in outputs if name != "largest")
-    found = _xla.run(weight, given[0] if given else largest, problem, wanted)._asdict()
-    return [(found | {"largest": largest})[name] for name in outputs]
+    found = _xla.run(Operands(*operands), problem, outputs)
+    return [getattr(found, name) for name in outputs]
 
 mlir.register_lowering(_triton._search_p, mlir.lower_fun(search, multiple_results=True), platform="cpu")
 

@@ -110,7 +110,7 @@ def test_exact_objective_is_exact(given):
         view = _xla._block_view(weight, problem)
         with jax.enable_x64(True):
             scale = exact.block_scale(code, exact.widen(exact.magnitude_bits(global_amax)))
-            ((high, low),) = _xla._exact_objectives(view, [scale], problem)
+            ((high, low),) = _xla._exact_objectives(view, [scale], problem, zero=0)
             return tuple(lax.bitcast_convert_type(x, jnp.uint32) for x in (high, low))
 
     high, low = (
