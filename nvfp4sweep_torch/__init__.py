@@ -18,6 +18,7 @@ from torch import Tensor
 import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
 from nvfp4sweep_torch import _device, _ops
+from nvfp4sweep_torch._hessian import HessianAccumulator
 from nvfp4sweep_torch._ops import Options
 from nvfp4sweep_torch._tensors import as_weight, to_numpy
 from nvfp4sweep_torch.calibrator import (
@@ -27,6 +28,7 @@ from nvfp4sweep_torch.calibrator import (
 )
 
 __all__ = [
+    "HessianAccumulator",
     "NVFP4MSECalibrator",
     "QuantizedTensor",
     "Sweep",

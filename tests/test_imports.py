@@ -21,6 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "window": {"formats"},
     "packing": {"formats"},
     "problem": {"formats", "window"},
+    "moments": {"problem"},
     "oracle": {"formats", "packing"},
     "lanes": set(),
     "cpu_kernels": {"formats", "lanes", "window"},
