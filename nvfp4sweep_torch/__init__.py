@@ -19,6 +19,7 @@ import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
 from nvfp4sweep_torch import _device, _ops
 from nvfp4sweep_torch._hessian import HessianAccumulator
+from nvfp4sweep_torch._observe import accumulate_hessians
 from nvfp4sweep_torch._ops import Options
 from nvfp4sweep_torch._tensors import as_weight, to_numpy
 from nvfp4sweep_torch.calibrator import (
@@ -32,6 +33,7 @@ __all__ = [
     "NVFP4MSECalibrator",
     "QuantizedTensor",
     "Sweep",
+    "accumulate_hessians",
     "calibrate",
     "fp8_scale_candidates",
     "global_amax",
