@@ -27,9 +27,11 @@ from jax import lax
 import nvfp4sweep
 from nvfp4sweep import Sweep, formats, problem
 from nvfp4sweep_jax import _amax, _call, _tree
+from nvfp4sweep_jax._hessian import HessianAccumulator
 from nvfp4sweep_jax._tensor import QuantizedTensor
 
 __all__ = [
+    "HessianAccumulator",
     "QuantizedTensor",
     "Sweep",
     "calibrate",
