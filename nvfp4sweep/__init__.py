@@ -6,6 +6,7 @@ tensors and arrays of their framework.
 
 from nvfp4sweep.api import Sweep, calibrate, global_amax, quantize, sweep
 from nvfp4sweep.formats import scale_candidates
+from nvfp4sweep.objectives import ZeroHessianWarning
 from nvfp4sweep.packing import QuantizedTensor
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "Sweep",
+    "ZeroHessianWarning",
     "calibrate",
     "global_amax",
     "quantize",

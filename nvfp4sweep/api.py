@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from nvfp4sweep import formats, oracle, packing, problem
+from nvfp4sweep import formats, objectives, oracle, packing, problem
 from nvfp4sweep.packing import QuantizedTensor
 from nvfp4sweep.problem import Problem
 
@@ -19,7 +19,7 @@ class Sweep(NamedTuple):
     Attributes:
         amax: float32; the block scale times 6: what calibrate returns.
         code: uint8; the byte of the E4M3 scale, 1 .. 126.
-        error: float32; the squared error at that scale, inf beyond float32's range.
+        error: float32; what was minimised, at that scale; inf beyond float32's range.
         global_amax: float32; the amax that the scales refer to, of the batch axes' shape.
     """
 
@@ -36,8 +36,8 @@ def calibrate(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: npt.ArrayLike | None = None,
+    hessian: npt.ArrayLike | None = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -45,8 +45,8 @@ def calibrate(
     """The amax of every block whose NVFP4 scale gives the least squared error, exactly.
 
     For each block the answer is the lowest E4M3 code k >= min_code that minimises, in real
-    arithmetic, sum_i min_q (|w_i| - q s[k])^2 over the E2M1 points q, where amax[k] =
-    float32(candidate[k] * global_amax) and s[k] = float32(amax[k] / 6).
+    arithmetic, sum_i h_i min_q (|w_i| - q s[k])^2 over the E2M1 points q, where amax[k] =
+    float32(candidate[k] * global_amax), s[k] = float32(amax[k] / 6), and h_i = 1 without an importance.
 
     Args:
         weight: float32, float16 or bfloat16 (ml_dtypes) array; float64 is rounded to float32 first.
@@ -59,12 +59,17 @@ def calibrate(
         block_size: elements in a block; it must divide the axis. 16 is NVFP4.
         batch_dims: leading axes that stack matrices, each with a global amax of its own
             (1 for experts [E, N, K]).
-        importance: not supported yet.
-        hessian: not supported yet.
+        importance: weights h >= 0 of the squared residuals, of any real dtype (taken as float32), in a
+            shape that broadcasts to the weight's: one an input, [K], is that of a linear layer's
+            activations, the mean of x^2. Where all of a block's are 0 they count as ones.
+        hessian: minimise r^T H r instead, r the signed residuals of a block of 16: symmetric positive
+            semidefinite matrices [K / 16, 16, 16] along `axis`, shared by all that lies along the other
+            axes, or [E, K / 16, 16, 16] for stacked matrices. Taken as float32; the mean of a matrix and
+            its transpose counts. Blocks whose Hessian is all zeros minimise the plain squared error.
         min_code: the lowest E4M3 code that may be chosen, 1 .. 126. 8 avoids subnormal scales,
             which some kernels flush to zero.
-        check_finite: raise if an element is NaN or infinite. Without the check such a weight gives
-            meaningless results.
+        check_finite: raise if an element is NaN or infinite, or an importance or a hessian is not what
+            it must be. Without the check such values give meaningless results.
         implementation: "cpu" (default) or "oracle", the definition, which is far slower. The
             environment variable NVFP4SWEEP_IMPLEMENTATION overrides None.
 
@@ -75,9 +80,14 @@ def calibrate(
     Raises:
         TypeError: an argument of the wrong kind or dtype.
         ValueError: NaN or infinity in the weight, naming the first index; a negative or non-finite
-            global_amax or one of the wrong shape; an axis that block_size does not divide; anything
-            out of range; an implementation that is unknown or cannot serve NumPy arrays.
-        NotImplementedError: importance or hessian is given.
+            global_amax or one of the wrong shape; an importance that is negative, not finite or of the
+            wrong shape; a hessian that is not finite, not symmetric or not positive semidefinite (beyond
+            rounding), of the wrong shape, with another block_size than 16, or beside an importance; an axis
+            that block_size does not divide; anything out of range; an implementation that is unknown or
+            cannot serve NumPy arrays.
+
+    Warns:
+        ZeroHessianWarning: blocks of the hessian are all zeros, as for an expert that was never routed.
 
     Source:
         The search over all E4M3 scales is that of NVIDIA ModelOpt's pull request 1387; why a few
@@ -99,8 +109,8 @@ def sweep(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: npt.ArrayLike | None = None,
+    hessian: npt.ArrayLike | None = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -132,8 +142,8 @@ def quantize(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: npt.ArrayLike | None = None,
+    hessian: npt.ArrayLike | None = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -199,6 +209,8 @@ class _Task(NamedTuple):
     weight: npt.NDArray[Any]
     view: npt.NDArray[Any]
     global_amax: npt.NDArray[np.float32]
+    importance: npt.NDArray[np.float32] | None  # [matrices, outer, length, inner]
+    hessian: npt.NDArray[np.float32] | None  # [matrices, blocks, 16, 16]
     check_finite: bool
     engine: Any
 
@@ -216,6 +228,8 @@ class _Task(NamedTuple):
                 self.problem.block_size,
                 self.problem.min_code,
                 *(None if o is None else o[i] for o in outputs),
+                importance=None if self.importance is None else self.importance[i],
+                hessian=None if self.hessian is None else self.hessian[i],
             )
             if self.check_finite and not np.isfinite(largest):
                 raise _nonfinite(self.weight)
@@ -238,8 +252,8 @@ def _prepare(
     axis: int,
     block_size: int,
     batch_dims: int,
-    importance: None,
-    hessian: None,
+    importance: npt.ArrayLike | None,
+    hessian: npt.ArrayLike | None,
     min_code: int,
     check_finite: bool,
     implementation: str | None,
@@ -262,7 +276,11 @@ def _prepare(
         amax = np.array([engine.absolute_maximum(matrix) for matrix in view], np.float32)
         if check_finite and not np.isfinite(amax).all():
             raise _nonfinite(array)
-    return _Task(asked, array, view, amax, check_finite, engine)
+    weights = (
+        None if importance is None else objectives.importance_view(importance, asked, check=check_finite)
+    )
+    blocks = None if hessian is None else objectives.hessian_per_matrix(hessian, asked, check=check_finite)
+    return _Task(asked, array, view, amax, weights, blocks, check_finite, engine)
 
 
 def _as_weight(weight: Any) -> npt.NDArray[Any]:

@@ -28,6 +28,8 @@ def sweep_matrix(
     amax: npt.NDArray[np.float32] | None = None,
     code: npt.NDArray[np.uint8] | None = None,
     error: npt.NDArray[np.float32] | None = None,
+    importance: npt.NDArray[np.float32] | None = None,
+    hessian: npt.NDArray[np.float32] | None = None,
 ) -> np.float32:
     """Find the best code of every block of one matrix and write the outputs that are given.
 
@@ -40,6 +42,8 @@ def sweep_matrix(
     Returns:
         The largest |w|; infinite or NaN if an element was, and then the outputs mean nothing.
     """
+    if importance is not None or hessian is not None:
+        raise NotImplementedError
     tables = _tables(global_amax)
     factors = _factors(global_amax, block_size)
     outputs = (

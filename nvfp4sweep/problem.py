@@ -18,6 +18,8 @@ from nvfp4sweep.window import MAX_BLOCK_SIZE
 ENGINES = ("oracle", "cpu", "triton", "xla")
 IMPLEMENTATION_VARIABLE = "NVFP4SWEEP_IMPLEMENTATION"
 WEIGHT_DTYPES = ("float32", "float16", "bfloat16", "float64")
+#: sum r^2, sum h r^2 and r^T H r, r the residuals of a block.
+OBJECTIVES = ("squared", "importance", "hessian")
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,8 @@ class Problem:
     """A weight of `shape` as `matrices` independent matrices [outer, length, inner].
 
     Blocks of `block_size` run along `length`, the caller's `axis`. Each matrix has its own global
-    amax. Outputs have one entry a block, shape `block_shape`.
+    amax. Outputs have one entry a block, shape `block_shape`. `objective` tells what is minimised:
+    one of OBJECTIVES.
     """
 
     shape: tuple[int, ...]
@@ -33,6 +36,7 @@ class Problem:
     block_size: int
     batch_dims: int
     min_code: int
+    objective: str = "squared"
 
     @functools.cached_property
     def batch_shape(self) -> tuple[int, ...]:
@@ -57,6 +61,12 @@ class Problem:
         return self.view_shape[1:]
 
     @functools.cached_property
+    def hessian_shape(self) -> tuple[int, ...]:
+        """[..., blocks along `axis`, block_size, block_size]: the leading axes are the batch axes."""
+        size = self.block_size
+        return (*self.batch_shape, self.shape[self.axis] // size, size, size)
+
+    @functools.cached_property
     def packed_shape(self) -> tuple[int, ...]:
         """Of the E2M1 codes, two a byte along `axis`."""
         return self.along_axis(self.shape[self.axis] // 2)
@@ -78,26 +88,34 @@ def make_problem(
 ) -> Problem:
     """Check everything that does not need the weight's values.
 
+    Of `importance` and `hessian` only whether they are given matters here.
+
     Raises:
         TypeError: an argument that should be an integer is not one.
-        ValueError: an integer out of its range, or an axis that blocks do not divide.
-        NotImplementedError: `importance` or `hessian` is given.
+        ValueError: an integer out of its range, an axis that blocks do not divide, both an importance
+            and a hessian, or a hessian for blocks that are not of 16.
     """
+    objective = "squared"
     if importance is not None:
-        raise NotImplementedError("importance is not supported yet: only plain squared error is")
+        objective = "importance"
     if hessian is not None:
-        raise NotImplementedError("hessian is not supported yet: only plain squared error is")
+        if importance is not None:
+            raise ValueError("importance and hessian are both given: a search minimises one of them")
+        objective = "hessian"
     return _checked(
         tuple(map(int, shape)),  # symbolic sizes, too
         _integer("axis", axis),
         _integer("block_size", block_size),
         _integer("batch_dims", batch_dims),
         _integer("min_code", min_code),
+        objective,
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def _checked(shape: tuple[int, ...], axis: int, block_size: int, batch_dims: int, min_code: int) -> Problem:
+def _checked(
+    shape: tuple[int, ...], axis: int, block_size: int, batch_dims: int, min_code: int, objective: str
+) -> Problem:
     if not 0 <= batch_dims < max(1, len(shape)):
         raise ValueError(
             f"batch_dims={batch_dims} is out of range for a weight of shape {shape}: "
@@ -119,7 +137,9 @@ def _checked(shape: tuple[int, ...], axis: int, block_size: int, batch_dims: int
         )
     if not MIN_CODE <= min_code <= MAX_CODE:
         raise ValueError(f"min_code={min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
-    return Problem(shape, axis, block_size, batch_dims, min_code)
+    if objective == "hessian" and block_size != BLOCK_SIZE:
+        raise ValueError(f"block_size={block_size} must be {BLOCK_SIZE} with a hessian")
+    return Problem(shape, axis, block_size, batch_dims, min_code, objective)
 
 
 def check_packable(problem: Problem) -> None:

@@ -56,6 +56,47 @@ computing A and B in float64 and f as an error-free pair of float64 gives the lo
     above 16 s hold half of W = sum |w_i| or more and gain 0.17 W s together; any other loses at most
     2.25 s^2 (s^2 / 4 where s' = 2 s), together less than 0.08 W s, and |f| <= 12 W s.
 
+With importances h_i >= 0, not all 0, write e(s) = sum_i h_i min_q (|w_i| - q s)^2, and M for the largest
+|w_i| with h_i > 0. Theorems 1 and 3 hold for it, element by element.
+
+Theorem 6 (no code below wins, with importances). For every s' <= s: e(s') >= sum_i h_i max(0, |w_i| - 6s)^2.
+Once that exceeds an error found, all codes from there down are out: a walk down from theorem 1's bound
+stops with a certificate.
+    Proof. No point at s' exceeds 6 s'.
+
+Theorem 7 (a first code, with importances). Let H = sum h_i. A code below 119 whose scale r satisfies
+r < 16 h_m |w_m| / (111 h_m + H) for some m, and whose double v[d] = 2 v[k] exists, is not the answer.
+    Proof. As theorem 2, with element m in place of the largest: it gains h_m (4 |w_m| r - 28 r^2), the
+    others lose (H - h_m) r^2 / 4 at most. With equal h_i this is theorem 2.
+
+Theorem 8 (float32 margin, with importances). As theorem 4, with fma(r r, h, e) for each term:
+|computed - e| <= (n + 34) u e + n 2^-124 max(1, h_1, ..., h_n).
+    Proof. One product more is rounded; a square below float32's normal range is off by 2^-126, times h.
+
+Theorem 9 (exact comparison, with importances). With r_i = |w_i| - q_i s in float64 and h_i r_i^2 as pairs of
+float64, summed as pairs in order, e is off by less than 2^-80 e. Where |w_i| <= 2^6 s, n <= 32 and the
+h_i > 0 of the block lie within a factor 2^12, the pair is exact. Equal residuals give equal pairs.
+    Proof. r_i is exact: |w_i| and q_i s are multiples of ulp(s) / 8 if q_i > 0. (Where |w_i| > 2^26 s it is
+    rounded once; then all its codes clip and differ by far more.) A product of pairs and a sum of pairs
+    that are >= 0 are off by a few 2^-104, relatively, n <= 2^18 times. r_i is at most 2^33 of its units, so
+    h_i r_i^2 has 66 + 24 bits above that of the least h, 12 more for their factor, and 5 for the sum.
+
+With a Hessian H (symmetric, n = 16) write e(s) = r^T H r, c_i = sum_j |H_ij|, P(s) = sum_i c_i r_i^2, and let
+mu be such that H - mu diag(c) is positive semidefinite.
+
+Theorem 10 (codes that cannot win, with a Hessian). mu P(s) <= e(s) <= P(s). Hence a code is out if mu P
+there exceeds an error found. For mu >= 0: from s up, P >= sum of c_i w_i^2 over |w_i| <= s / 4; from s down,
+P >= sum c_i max(0, |w_i| - 6s)^2. All codes with s >= 4M (M: over c_i > 0) have the same error.
+    Proof. |r_i r_j| <= (r_i^2 + r_j^2) / 2. Elements of at most s / 4 round to 0 at s and above.
+
+Theorem 11 (margins, with a Hessian). With q_i as defined (the nearest point, in a tie the even code), r_i
+rounded once and sums over j, then over i, each in any order, of products rounded in either order:
+|computed - e| <= (2n + 8) v P for arithmetic of unit roundoff v (and 2^-100 where a float32 may underflow,
+for H scaled to a largest element in [1, 2)). In pairs of float64 the bound is 2^-95 P; equal residuals
+give equal pairs. Unlike with sums of squares, a q that is not the nearest point is not nearly as good.
+    Proof. The terms' sizes sum to |r|^T |H| |r| <= P. Each is rounded once for r_i and r_j, twice as a
+    product, and n - 1 times in each of two sums; 2 n + 4 roundings, to first order.
+
 For n = 16 the window [M / 7.9375, M / 3.5] holds at most 10 codes. The bound -3 .. +7 codes around absmax
 that others publish is the same window without the premises: codes below 16 and above 118 break it.
 """
@@ -92,6 +133,12 @@ LEAST_SCREENED_AMAX = 2.0**-30
 FIRST_NORMAL_CODE = 8
 #: More than the relative rounding of s and of M times a factor below: such a code is kept.
 _SLACK = 2.0**-20
+#: Theorem 11: of P, in float32 and in float64.
+HESSIAN_MARGIN_FLOAT32 = 48 * 2.0**-24
+HESSIAN_MARGIN_FLOAT64 = 48 * 2.0**-53
+#: A Hessian may be off by this much of its largest element from symmetric and positive semidefinite: what
+#: sums of products leave that were rounded to bfloat16 or TF32.
+HESSIAN_TOLERANCE = 2.0**-10
 #: A larger block_size is refused by the fast engines (theorem 5).
 MAX_BLOCK_SIZE = 2**18
 
@@ -107,6 +154,11 @@ class Window(NamedTuple):
     upper: float
     relative_margin: float
     absolute_margin: float
+
+
+def importance_margins(block_size: int) -> tuple[float, float]:
+    """As the margins of `window`, with importances (theorem 8); the absolute one for importances up to 1."""
+    return 3 * (block_size + 34) * 2.0**-24, 4 * block_size * 2.0**-124
 
 
 def window(block_size: int) -> Window:

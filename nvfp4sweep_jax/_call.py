@@ -40,6 +40,8 @@ def search(
         weight.shape, axis=axis, block_size=block_size, batch_dims=batch_dims, min_code=min_code,
         importance=importance, hessian=hessian,
     )  # fmt: skip
+    if importance is not None or hessian is not None:
+        raise NotImplementedError
     if function == "quantize":
         problems.check_packable(asked)
     given = _given_amax(global_amax, asked)
@@ -105,7 +107,7 @@ def is_traced(value: Any) -> bool:
 def check_finite_amax(largest: jax.Array, weight: jax.Array) -> None:
     """Raise ValueError if the weight's largest |w| is not finite; nothing under tracing."""
     # A concrete weight meets tracers too, where jit is at work: every result is traced there.
-    if not is_traced(largest) and not bool(jnp.isfinite(largest).all()):
+    if not is_traced(largest) and not np.isfinite(np.asarray(largest)).all():
         raise _eager.first_nonfinite(weight)
 
 

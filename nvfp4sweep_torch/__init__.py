@@ -174,7 +174,7 @@ def scale_candidates() -> Tensor:
 
 def _refuse_unsupported(importance: object, hessian: object) -> None:
     if importance is not None or hessian is not None:
-        problem.make_problem((formats.BLOCK_SIZE,), importance=importance, hessian=hessian)
+        raise NotImplementedError
 
 
 def _amax_tensor(global_amax: Any, weight: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "packing": {"formats"},
     "problem": {"formats", "window"},
     "moments": {"problem"},
+    "objectives": {"problem", "window"},
     "oracle": {"formats", "packing"},
     "lanes": set(),
     "cpu_kernels": {"formats", "lanes", "window"},
@@ -39,8 +40,8 @@ ALLOWED: dict[str, set[str]] = {
         "problem",
         "window",
     },
-    "api": {"formats", "oracle", "packing", "problem", "cpu"},
-    "__init__": {"api", "formats", "packing"},
+    "api": {"formats", "objectives", "oracle", "packing", "problem", "cpu"},
+    "__init__": {"api", "formats", "objectives", "packing"},
 }
 
 
