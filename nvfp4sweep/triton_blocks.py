@@ -2,12 +2,8 @@
 
 import triton
 import triton.language as tl
-from triton import knobs
 
 from nvfp4sweep.triton_tables import THRESHOLDS
-
-# The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding.
-INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
@@ -86,6 +82,15 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
         pointers = tl.max_contiguous(blocks[:, None] + (top + i).to(tl.int64) * step, [T, 1])
         w = _split(tl.load(pointers, mask=exists, other=0.0), T, 16)
     return w
+
+
+@triton.jit
+def load_shared(pointer, N: tl.constexpr):
+    """N floats that all threads share."""
+    values = ()
+    for i in tl.static_range(N):
+        values = values + (tl.load(pointer + i),)
+    return values
 
 
 @triton.jit
@@ -174,10 +179,33 @@ def _packed(blocks, inside, top, step, thresholds,
 
 
 @triton.jit
-def store_packed(packed, blocks, block, inside, tile, first_block, step, inner, tiles_per_row, thresholds,
-                 ROWS: tl.constexpr, VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                 T: tl.constexpr):  # fmt: skip
-    """INNER: axes follow the blocked one, so that a block's bytes lie `inner` apart."""
+def place(tile, tiles_per_row, length_blocks, inner, LANES: tl.constexpr, T: tl.constexpr):
+    """Where a tile's blocks are: (outer, along the axis, inner), int64, of which lanes may share two.
+
+    LANES 1: a tile's blocks follow each other along the axis, 2: along `inner`, each of them a row of
+    tiles_per_row tiles. 0: they follow each other in the order [outer, length_blocks, inner].
+    """
+    lane = tl.arange(0, T).to(tl.int64)
+    if LANES == 0:
+        block = tile.to(tl.int64) * T + lane
+        row = block // inner
+        return row // length_blocks, row % length_blocks, block % inner
+    else:
+        row, column = row_and_column(tile, tiles_per_row)
+        if LANES == 1:
+            return row, column * T + lane, tl.full([], 0, tl.int64)
+        else:
+            return row // length_blocks, row % length_blocks, column * T + lane
+
+
+@triton.jit
+def first_bytes(block, tile, first_block, inner, tiles_per_row,
+                ROWS: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                T: tl.constexpr):  # fmt: skip
+    """Of the packed codes of blocks that lie as first_elements says, and how far apart a block's are.
+
+    INNER: axes follow the blocked one, so that a block's bytes lie `inner` apart.
+    """
     base = (first_block + block) * (BLOCK_SIZE // 2)
     byte_step = tl.full([], 1, tl.int64)
     if INNER:
@@ -188,6 +216,13 @@ def store_packed(packed, blocks, block, inside, tile, first_block, step, inner, 
             column = first * T + tl.arange(0, T)
         base = (first_block + row * inner) * (BLOCK_SIZE // 2) + column
         byte_step = inner
+    return base, byte_step
+
+
+@triton.jit
+def store_packed(packed, base, byte_step, blocks, inside, step, thresholds,
+                 VECTOR: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                 T: tl.constexpr):  # fmt: skip
     for top in range(0, BLOCK_SIZE, 16):
         low, high = _packed(blocks, inside, top, step, thresholds, BLOCK_SIZE, VECTOR, T)
         if BLOCK_SIZE % 16 == 0 and not INNER:

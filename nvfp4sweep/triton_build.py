@@ -9,7 +9,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import driver
 
-from nvfp4sweep.triton_blocks import INTERPRETED
+from nvfp4sweep.triton_arithmetic import INTERPRETED
 
 # Triton writes for its own assembler; another launcher may have an older one: this is CUDA 12.7's.
 _PTX_VERSION = 86
@@ -37,7 +37,7 @@ class Launch:
         self,
         kernel: Any,
         grid: tuple[int, int],
-        reads: tuple[str, ...],
+        reads: tuple[str | None, ...],
         writes: tuple[str | None, ...],
         allocates: tuple[Buffer, ...],
         numbers: tuple[int | float, ...],

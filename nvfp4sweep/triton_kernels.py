@@ -10,6 +10,7 @@ from triton.language.extra import cuda
 from nvfp4sweep import window as proofs
 from nvfp4sweep.triton_blocks import (
     any_of,
+    first_bytes,
     first_elements,
     largest_of,
     load_16,
@@ -100,8 +101,10 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
             found = squared_error(blocks, inside, step, scale, thresholds, BLOCK_SIZE, VECTOR, T)
             tl.store(error + out, found, mask=inside)
         if packed is not None:
-            store_packed(packed, blocks, block, inside, tile, matrix * n_blocks, step, inner, tiles_per_row,
-                          thresholds, ROWS, VECTOR, INNER, BLOCK_SIZE, T)  # fmt: skip
+            base, byte_step = first_bytes(block, tile, matrix * n_blocks, inner, tiles_per_row, ROWS, INNER,
+                                          BLOCK_SIZE, T)  # fmt: skip
+            store_packed(packed, base, byte_step, blocks, inside, step, thresholds, VECTOR, INNER,
+                         BLOCK_SIZE, T)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["matrix_stride", "row_stride", "block_stride", "step", "outer_stride",

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from nvfp4sweep import window as proofs
+from nvfp4sweep.triton_arithmetic import add_pairs, fma, two_product
 from nvfp4sweep.triton_blocks import (
-    INTERPRETED,
     any_of,
     load_16,
     magnitude_of,
@@ -23,15 +23,6 @@ FIRST_UNDOUBLED_CODE = tl.constexpr(proofs.FIRST_UNDOUBLED_CODE)
 # Floats from 2^22 to 2^23 are a half apart: adding one of them rounds to halves.
 SHARED_SLOPE = tl.constexpr(2.0**22 * proofs.SHARED_ROUNDER_SLOPE)
 SHARED_FLOOR = tl.constexpr(2.0**22 * proofs.SHARED_ROUNDER_FLOOR)
-VELTKAMP = tl.constexpr(2.0**27 + 1)
-
-
-@triton.jit
-def _fma(a, b, c):
-    if INTERPRETED:
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    else:
-        return tl.fma(a, b, c)
 
 
 @triton.jit
@@ -41,7 +32,7 @@ def normal_code_at_least(value):
 
 
 @triton.jit
-def _code_at_least(value):
+def code_at_least(value):
     """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
     uniform = tl.ceil(tl.minimum(value, 1.0) * 512.0).to(tl.int32)
     return tl.where(value < 2.0**-6, uniform, normal_code_at_least(value))
@@ -50,8 +41,8 @@ def _code_at_least(value):
 @triton.jit
 def code_window(peak, tables, min_code, last_unhalved):
     """The first and last code that can win (theorems 1 to 3); all codes where premise 0 fails."""
-    first = tl.minimum(_code_at_least(peak * tl.load(tables + LOWER)), FIRST_UNDOUBLED_CODE)
-    last = tl.maximum(_code_at_least(peak * tl.load(tables + UPPER)) - 1, last_unhalved)
+    first = tl.minimum(code_at_least(peak * tl.load(tables + LOWER)), FIRST_UNDOUBLED_CODE)
+    last = tl.maximum(code_at_least(peak * tl.load(tables + UPPER)) - 1, last_unhalved)
     first = tl.maximum(first, min_code)
     last = tl.minimum(last, MAX_CODE)
     amax = tl.load(tables + GLOBAL_AMAX)
@@ -64,13 +55,13 @@ def code_window(peak, tables, min_code, last_unhalved):
 
 
 @triton.jit
-def _pair(pointers):
+def load_pair(pointers):
     """The two floats at each of these pointers, in one load."""
     return tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :]))
 
 
 @triton.jit
-def _rounder(magnitude, negative_inverse):
+def shared_rounder(magnitude, negative_inverse):
     slope = negative_inverse * (0.0 - SHARED_SLOPE)
     rounder = ()
     for i in tl.static_range(len(magnitude)):
@@ -84,14 +75,14 @@ def _squares(magnitude, rounder, negative_scale, negative_inverse, CLIP: tl.cons
     even = tl.zeros_like(negative_scale)
     odd = even
     for i in tl.static_range(len(magnitude)):
-        q = rounder[i] - _fma(magnitude[i], negative_inverse, rounder[i])
+        q = rounder[i] - fma(magnitude[i], negative_inverse, rounder[i])
         if CLIP:
             q = tl.minimum(q, 6.0)
-        residual = _fma(q, negative_scale, magnitude[i])
+        residual = fma(q, negative_scale, magnitude[i])
         if i % 2 == 0:
-            even = _fma(residual, residual, even)
+            even = fma(residual, residual, even)
         else:
-            odd = _fma(residual, residual, odd)
+            odd = fma(residual, residual, odd)
     return even + odd
 
 
@@ -107,11 +98,11 @@ def find_survivors(magnitude, peak, scales, lowest_ratio, relative_margin, absol
     old_scale = tl.full(peak.shape, float("inf"), tl.float32)
     least = old_scale
     for group in tl.static_range(CANDIDATES // 3):  # three codes share a rounder for the middle one
-        first = _pair(scales + 6 * group)
-        middle = _pair(scales + 6 * group + 2)
-        last = _pair(scales + 6 * group + 4)
+        first = load_pair(scales + 6 * group)
+        middle = load_pair(scales + 6 * group + 2)
+        last = load_pair(scales + 6 * group + 4)
         if group % 3 == 0:
-            rounder = _rounder(magnitude, middle[1])
+            rounder = shared_rounder(magnitude, middle[1])
         else:
             slope = old_scale * middle[1]
             moved = ()
@@ -129,12 +120,12 @@ def find_survivors(magnitude, peak, scales, lowest_ratio, relative_margin, absol
 
     below = tl.full(peak.shape, float("inf"), tl.float32)
     if BELOW:
-        negative_scale, negative_inverse = _pair(scales - 2)
+        negative_scale, negative_inverse = load_pair(scales - 2)
         excess = peak + 6.0 * negative_scale  # of the largest element alone
         bound = least * (1.0 + relative_margin) + absolute_margin
         possible = (peak <= (0.0 - lowest_ratio) * negative_scale) & (excess * excess <= bound)
         if any_of(possible):
-            rounder = _rounder(magnitude, negative_inverse)
+            rounder = shared_rounder(magnitude, negative_inverse)
             error = _squares(magnitude, rounder, negative_scale, negative_inverse, True)
             below = tl.where(possible, error, below)
             least = tl.minimum(least, below)
@@ -144,25 +135,6 @@ def find_survivors(magnitude, peak, scales, lowest_ratio, relative_margin, absol
     for j in tl.static_range(CANDIDATES):
         bits = bits | tl.where(errors[j] <= threshold, 2 << j, 0)
     return bits
-
-
-@triton.jit
-def _two_sum(a, b):
-    total = a + b
-    virtual = total - a
-    return total, (a - (total - virtual)) + (b - virtual)
-
-
-@triton.jit
-def _two_product(a, b):
-    product = a * b
-    t = VELTKAMP * a
-    a_high = t - (t - a)
-    a_low = a - a_high
-    t = VELTKAMP * b
-    b_high = t - (t - b)
-    b_low = b - b_high
-    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 @triton.jit
@@ -203,10 +175,9 @@ def exact_best(blocks, contested, step, tables, origin, last, survivors, block_s
                 squares += q * q
             b += squares.to(tl.float64)
         wide = scale.to(tl.float64)
-        f_high, f_low = _two_product(wide * wide, b)
-        g_high, g_low = _two_product(-2.0 * wide, a)
-        high, carry = _two_sum(f_high, g_high)
-        high, low = _two_sum(high, (f_low + g_low) + carry)
+        f_high, f_low = two_product(wide * wide, b)
+        g_high, g_low = two_product(-2.0 * wide, a)
+        high, low = add_pairs(f_high, f_low, g_high, g_low)
         better = open_ & ((high < best_high) | ((high == best_high) & (low < best_low)))
         best = tl.where(better, code, best)
         best_high = tl.where(better, high, best_high)

@@ -22,6 +22,12 @@ UPPER = tl.constexpr(642)
 SCREEN_UPPER = tl.constexpr(643)
 THRESHOLDS = tl.constexpr(644)
 TABLE = tl.constexpr(THRESHOLDS.value + 8 * 128)
+# Floats a matrix of what `tabulate` leaves for the host to check.
+CHECKED = tl.constexpr(4)
+
+# What is found of a Hessian. Bad: not finite, not symmetric or not positive semidefinite.
+ZERO_HESSIAN = tl.constexpr(1.0)
+BAD_HESSIAN = tl.constexpr(2.0)
 
 MAX_CODE = tl.constexpr(formats.MAX_CODE)
 E4M3_TO_FLOAT32 = tl.constexpr(formats.E4M3_TO_FLOAT32)
@@ -91,12 +97,14 @@ def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, l
         tl.store(partials + matrix * n_partials + part, bits.to(tl.float32, bitcast=True))
 
 
-@triton.jit(do_not_specialize=["n_partials"])
-def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n_partials: tl.int32,
-             lower, upper, SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["n_partials", "n_hessians", "hessian_stride"])
+def tabulate(partials, given_amax, hessian_status, tables, global_amax, global_scale, checked,
+             n_partials: tl.int32, n_hessians: tl.int32, hessian_stride: tl.int32, lower, upper,
+             SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """`partials` are n_partials floats a matrix, the largest |w| among them; so many at a time, none where
-    SIZE is 0. `checked` gets the largest |w| and the amax. OVERLAP: with what the sweep does before it
-    needs the tables, and with the end of `largest`."""
+    SIZE is 0. `checked` gets of each matrix the largest |w|, the amax, and how many of its n_hessians are
+    zero and bad. OVERLAP: with what the sweep does before it needs the tables, and with the end of
+    `largest`."""
     if OVERLAP:
         cuda.gdc_wait()
         cuda.gdc_launch_dependents()
@@ -115,8 +123,19 @@ def tabulate(partials, given_amax, tables, global_amax, global_scale, checked, n
     # float64 and one rounding: a float32 product or quotient here could flush subnormals.
     wide_amax = amax.to(tl.float64)
     if checked is not None:
-        tl.store(checked + 2 * matrix, found)
-        tl.store(checked + 2 * matrix + 1, amax)
+        tl.store(checked + CHECKED * matrix, found)
+        tl.store(checked + CHECKED * matrix + 1, amax)
+        if hessian_status is not None:
+            zeros = tl.zeros([SIZE], tl.int32)
+            bad = zeros
+            for start in range(0, n_hessians, SIZE):
+                lanes = start + tl.arange(0, SIZE)
+                status = tl.load(hessian_status + matrix * hessian_stride + lanes, mask=lanes < n_hessians,
+                                 other=0.0)  # fmt: skip
+                zeros += (status == ZERO_HESSIAN).to(tl.int32)
+                bad += (status == BAD_HESSIAN).to(tl.int32)
+            tl.store(checked + CHECKED * matrix + 2, tl.sum(zeros, axis=0).to(tl.float32))
+            tl.store(checked + CHECKED * matrix + 3, tl.sum(bad, axis=0).to(tl.float32))
     if global_amax is not None:
         tl.store(global_amax + matrix, amax)
     if global_scale is not None:

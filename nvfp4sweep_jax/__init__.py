@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import lax
 
 import nvfp4sweep
-from nvfp4sweep import Sweep, formats, problem
+from nvfp4sweep import Sweep, ZeroHessianWarning, formats, problem
 from nvfp4sweep_jax import _amax, _call, _tree
 from nvfp4sweep_jax._hessian import HessianAccumulator
 from nvfp4sweep_jax._tensor import QuantizedTensor
@@ -34,6 +34,7 @@ __all__ = [
     "HessianAccumulator",
     "QuantizedTensor",
     "Sweep",
+    "ZeroHessianWarning",
     "calibrate",
     "calibrate_tree",
     "global_amax",

@@ -41,7 +41,7 @@ def why_not(platform: str) -> str:
     Of a traced array the platform is not known yet, and is "".
     """
     try:
-        from nvfp4sweep.triton_blocks import INTERPRETED
+        from nvfp4sweep.triton_arithmetic import INTERPRETED
 
         if INTERPRETED.value:
             import torch  # noqa: F401
@@ -174,7 +174,7 @@ def _(weight: Any, *given: Any, problem: Problem, outputs: tuple[str, ...]) -> l
 
 
 def _shapes(problem: Problem, outputs: Sequence[str]) -> list[jax.ShapeDtypeStruct]:
-    from nvfp4sweep.triton_launch import output_buffers
+    from nvfp4sweep.triton_sweeps import output_buffers
 
     shapes = {"largest": jax.ShapeDtypeStruct(problem.batch_shape, np.float32)}
     for name, shape, dtype in output_buffers(problem, [name for name in outputs if name != "largest"]):
@@ -184,7 +184,7 @@ def _shapes(problem: Problem, outputs: Sequence[str]) -> list[jax.ShapeDtypeStru
 
 def _as_custom_calls(weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...]) -> list[Array]:
     """The launches of triton_launch.plan, each a function of what it reads."""
-    from nvfp4sweep.triton_launch import plan
+    from nvfp4sweep.triton_launch import CHECKED, plan
 
     matrices, outer, length, inner = problem.view_shape
     checked = "largest" in outputs
@@ -195,7 +195,9 @@ def _as_custom_calls(weight: Array, *given: Array, problem: Problem, outputs: tu
     )  # fmt: skip
     buffers = {"weight": weight, **dict(zip(["given_amax"], given, strict=False))}
     for launch in launches:
-        buffers |= _custom_call(launch, buffers, {"checked": ((matrices, 2), "float32")} if checked else {})
+        buffers |= _custom_call(
+            launch, buffers, {"checked": ((matrices, CHECKED), "float32")} if checked else {}
+        )
     if "checked" in buffers:
         buffers["largest"] = buffers["checked"][:, 0].reshape(problem.batch_shape)
     # What no launch writes has no elements.
@@ -209,11 +211,12 @@ def _custom_call(launch: Any, buffers: dict[str, Array], given: dict[str, Any]) 
     shapes = {name: (shape, dtype) for name, shape, dtype in launch.allocates} | given
     written = [name for name in launch.writes if name is not None]
     results = [jax.ShapeDtypeStruct(shapes[name][0], np.dtype(shapes[name][1])) for name in written]
-    dtypes = {name: buffers[name].dtype for name in launch.reads}
+    read = [name for name in launch.reads if name is not None]
+    dtypes = {name: buffers[name].dtype for name in read}
     dtypes |= {name: result.dtype for name, result in zip(written, results, strict=True)}
     elements = [None if name is None else _ELEMENTS[dtypes[name].name] for name in launch.buffers]
     call = jax.ffi.ffi_call(_TARGET, results)
-    found = call(*[buffers[name] for name in launch.reads], opaque=_call_of(launch, tuple(elements)))
+    found = call(*[buffers[name] for name in read], opaque=_call_of(launch, tuple(elements)))
     return dict(zip(written, found, strict=True))
 
 
@@ -259,7 +262,7 @@ def _interpret(
             return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(host)
 
-    checked = torch.empty(problem.view_shape[0], 2) if "largest" in outputs else None
+    checked = torch.empty(problem.view_shape[0], triton_launch.CHECKED) if "largest" in outputs else None
     with _interpreter, np.errstate(all="ignore"):  # it computes with NumPy, overflow included
         found = triton_launch.run(
             tensor(weight).reshape(problem.view_shape),

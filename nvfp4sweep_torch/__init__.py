@@ -4,28 +4,28 @@ CPU tensors reach the core's Numba engine in their own memory; CUDA tensors its 
 current stream. Results live on the weight's device and carry no gradient. Under torch.compile the
 functions become the operators torch.ops.nvfp4sweep.{calibrate, sweep, quantize}.
 
-For users of NVIDIA ModelOpt: NVFP4MSECalibrator, nvfp4_fp8_scale_sweep and fp8_scale_candidates have
-the meaning that ModelOpt's pull request 1387 gave them.
+For users of NVIDIA ModelOpt: NVFP4MSECalibrator, nvfp4_fp8_scale_sweep, nvfp4_fp8_scale_sweep_hessian and
+fp8_scale_candidates have the meaning that ModelOpt's pull requests 1387 and 1659 gave them.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import nvfp4sweep
-from nvfp4sweep import Sweep, formats, problem
+from nvfp4sweep import Sweep, ZeroHessianWarning, formats, problem
 from nvfp4sweep_torch import _device, _ops
 from nvfp4sweep_torch._hessian import HessianAccumulator
 from nvfp4sweep_torch._observe import accumulate_hessians
-from nvfp4sweep_torch._ops import Options
+from nvfp4sweep_torch._ops import Arrays, Options
 from nvfp4sweep_torch._tensors import as_weight, to_numpy
 from nvfp4sweep_torch.calibrator import (
     NVFP4MSECalibrator,
     fp8_scale_candidates,
     nvfp4_fp8_scale_sweep,
+    nvfp4_fp8_scale_sweep_hessian,
 )
 
 __all__ = [
@@ -33,11 +33,13 @@ __all__ = [
     "NVFP4MSECalibrator",
     "QuantizedTensor",
     "Sweep",
+    "ZeroHessianWarning",
     "accumulate_hessians",
     "calibrate",
     "fp8_scale_candidates",
     "global_amax",
     "nvfp4_fp8_scale_sweep",
+    "nvfp4_fp8_scale_sweep_hessian",
     "quantize",
     "scale_candidates",
     "sweep",
@@ -71,8 +73,8 @@ def calibrate(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -82,7 +84,7 @@ def calibrate(
     Args:
         weight: dense float32, float16 or bfloat16 tensor of any strides on the CPU or a CUDA device;
             float64 is rounded to float32 first. Copied only if its axes cannot be merged by a view.
-        global_amax: a number, an array, or a tensor on the weight's device.
+        global_amax, importance, hessian: a number, an array, or a tensor on the weight's device.
         check_finite: raise ValueError on NaN or infinity. On CUDA this waits for the device; without
             it the call does not, and can be captured in a CUDA graph.
         implementation: "cpu" or "oracle" for CPU tensors, "triton" or "oracle" for CUDA tensors.
@@ -93,10 +95,10 @@ def calibrate(
         float32 tensor on the weight's device, the weight's shape with `axis` divided by block_size.
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
-    _refuse_unsupported(importance, hessian)
+    arrays = Arrays(weight, global_amax, importance, hessian)
     if torch.compiler.is_compiling():
-        return _ops.calibrate_op(weight.detach(), _amax_tensor(global_amax, weight), *options)  # type: ignore[no-any-return]
-    return _ops.run_calibrate(weight, global_amax, options)
+        return _ops.calibrate_op(*arrays.as_tensors(), *options)  # type: ignore[no-any-return]
+    return _ops.run_calibrate(arrays, options)
 
 
 def sweep(
@@ -106,8 +108,8 @@ def sweep(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -118,10 +120,10 @@ def sweep(
         Sweep(amax float32, code uint8, error float32, global_amax float32) of tensors.
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
-    _refuse_unsupported(importance, hessian)
+    arrays = Arrays(weight, global_amax, importance, hessian)
     if torch.compiler.is_compiling():
-        return Sweep(*_ops.sweep_op(weight.detach(), _amax_tensor(global_amax, weight), *options))
-    return Sweep(*_ops.run_sweep(weight, global_amax, options))
+        return Sweep(*_ops.sweep_op(*arrays.as_tensors(), *options))
+    return Sweep(*_ops.run_sweep(arrays, options))
 
 
 def quantize(
@@ -131,8 +133,8 @@ def quantize(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -143,11 +145,11 @@ def quantize(
         QuantizedTensor(packed uint8, scale float8_e4m3fn, global_scale float32).
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
-    _refuse_unsupported(importance, hessian)
+    arrays = Arrays(weight, global_amax, importance, hessian)
     if torch.compiler.is_compiling():
-        packed, code, scale = _ops.quantize_op(weight.detach(), _amax_tensor(global_amax, weight), *options)
+        packed, code, scale = _ops.quantize_op(*arrays.as_tensors(), *options)
     else:
-        packed, code, scale = _ops.run_quantize(weight, global_amax, options)
+        packed, code, scale = _ops.run_quantize(arrays, options)
     return QuantizedTensor(packed, code.view(torch.float8_e4m3fn), scale, axis % weight.ndim, block_size)
 
 
@@ -162,7 +164,7 @@ def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
     amaxes = []
     for tensor in tensors:
         asked = problem.make_problem(tensor.shape, block_size=1, batch_dims=batch_dims)
-        amaxes += _device.run(tensor, asked, None, ("global_amax",), check_finite=True)
+        amaxes += _device.run(tensor, asked, ("global_amax",), check_finite=True)
     problem.check_same_batch([tuple(amax.shape) for amax in amaxes], batch_dims)
     return amaxes[0] if len(amaxes) == 1 else torch.stack(amaxes).amax(dim=0)
 
@@ -170,15 +172,3 @@ def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
 def scale_candidates() -> Tensor:
     """nvfp4sweep.scale_candidates as a tensor: float32 [126], the E4M3 values / 448."""
     return torch.from_numpy(nvfp4sweep.scale_candidates())
-
-
-def _refuse_unsupported(importance: object, hessian: object) -> None:
-    if importance is not None or hessian is not None:
-        raise NotImplementedError
-
-
-def _amax_tensor(global_amax: Any, weight: Tensor) -> Tensor | None:
-    """What an operator takes: it knows tensors only."""
-    if global_amax is None or isinstance(global_amax, Tensor):
-        return global_amax
-    return torch.as_tensor(np.asarray(global_amax, np.float32), device=weight.device)

@@ -9,34 +9,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nvfp4sweep import objectives
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
-from nvfp4sweep_torch._tensors import host_amax
+from nvfp4sweep_torch._tensors import to_numpy, to_numpy_if_tensor
 
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 _NO_CONTEXT = contextlib.nullcontext()
 
 
 def run(
-    weight: Tensor, asked: Problem, global_amax: Any, outputs: tuple[str, ...], *, check_finite: bool
+    weight: Tensor,
+    asked: Problem,
+    outputs: tuple[str, ...],
+    global_amax: Any = None,
+    importance: Any = None,
+    hessian: Any = None,
+    *,
+    check_finite: bool,
 ) -> list[Tensor]:
     """The outputs of these names. Waits for the device only to check, and then not for the sweep itself.
 
     Raises:
-        ValueError: a weight or a global amax that was read is not finite, or an amax is negative.
+        ValueError: a weight or a global amax that was read is not finite, or an amax is negative; an
+            importance or a hessian that does not fit or is not what it must be.
     """
     launch = _triton_launch()
     view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
     device = weight.device
     with _on_device(weight):
         given = None if global_amax is None else _device_amax(global_amax, weight, asked)
-        watch = _Watch(weight, asked) if check_finite else None
+        weights = None if importance is None else _device_importance(importance, weight, asked)
+        blocks = None if hessian is None else _device_hessian(hessian, weight, asked)
+        watch = _Watch(launch.CHECKED, weight, asked, weights, blocks) if check_finite else None
         found = launch.run(
             view,
             asked,
             outputs,
             lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=device),
             given,
+            importance=None if weights is None else weights.expand(asked.shape).reshape(asked.view_shape),
+            hessian=blocks,
             checked=watch and watch.values,
             after_check=watch and watch.mark,
         )
@@ -54,24 +67,29 @@ class _Watch:
     _idle: dict[int, list[tuple[Tensor, Any]]] = {}  # by device  # noqa: RUF012
     _ROOM = 512  # matrices
 
-    def __init__(self, weight: Tensor, asked: Problem):
+    def __init__(
+        self, width: int, weight: Tensor, asked: Problem, importance: Tensor | None, hessian: Tensor | None
+    ):
+        self._width = width  # floats a matrix: triton_launch.run says which
         self._weight = weight
         self._problem = asked
+        self._importance = importance
+        self._hessian = hessian
         self._matrices = asked.view_shape[0]
         self._event = None
         if not weight.is_cuda:
-            self.values = torch.empty(2 * self._matrices)
+            self.values = torch.empty(width * self._matrices)
         elif self._matrices > self._ROOM:
-            self.values, self._event = self._allocate(self._matrices)
+            self.values, self._event = self._allocate(width * self._matrices)
         else:
             try:
                 self.values, self._event = self._idle.setdefault(weight.device.index, []).pop()
             except IndexError:
-                self.values, self._event = self._allocate(self._ROOM)
+                self.values, self._event = self._allocate(width * self._ROOM)
 
     @staticmethod
-    def _allocate(matrices: int) -> tuple[Tensor, Any]:
-        return torch.empty(2 * matrices, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+    def _allocate(size: int) -> tuple[Tensor, Any]:
+        return torch.empty(size, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def mark(self) -> None:
         """What is launched later is not waited for."""
@@ -81,15 +99,27 @@ class _Watch:
     def check(self) -> None:
         if self._event:
             self._event.synchronize()
-        values = self.values[: 2 * self._matrices].tolist()
+        found = self.values[: self._width * self._matrices].tolist()
         if self._event and self._matrices <= self._ROOM:
             self._idle[self._weight.device.index].append((self.values, self._event))
-        if not all(map(math.isfinite, values[::2])):
+        largest, amaxes, *hessians = (found[i :: self._width] for i in range(self._width))
+        if not all(map(math.isfinite, largest)):
             index = torch.nonzero(~torch.isfinite(self._weight))[0].tolist()
             raise problems.nonfinite_error("weight", index, self._weight[tuple(index)].item())
-        if not all(0 <= amax < math.inf for amax in values[1::2]):
-            amaxes = np.array(values[1::2], np.float32).reshape(self._problem.batch_shape)
-            problems.global_amax_per_matrix(amaxes, self._problem)
+        if not all(0 <= amax < math.inf for amax in amaxes):
+            values = np.array(amaxes, np.float32).reshape(self._problem.batch_shape)
+            problems.global_amax_per_matrix(values, self._problem)
+        if self._importance is not None:
+            # Small, as a rule; where it is not, the least and the largest are two more passes over it.
+            least, most = torch.aminmax(self._importance)
+            if not (least >= 0 and most < math.inf):
+                objectives.importance_view(to_numpy(self._importance), self._problem, check=True)
+        if self._hessian is not None:
+            zero, bad = (int(sum(counts)) for counts in hessians)
+            if bad:
+                objectives.hessian_per_matrix(to_numpy(self._hessian), self._problem, check=True)
+            if zero:
+                objectives.warn_of_zero_hessians(zero, self._problem)
 
 
 def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
@@ -99,7 +129,20 @@ def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
             problems.check_global_amax_shape(tuple(amax.shape), asked)
             amax = amax.broadcast_to(asked.batch_shape)
         return amax.contiguous()
-    return torch.from_numpy(host_amax(global_amax, asked)).to(weight.device)
+    values = problems.global_amax_per_matrix(to_numpy_if_tensor(global_amax), asked)
+    return torch.from_numpy(values).to(weight.device)
+
+
+def _device_importance(importance: Any, weight: Tensor, asked: Problem) -> Tensor:
+    values = torch.as_tensor(importance, device=weight.device).detach().to(torch.float32)
+    objectives.check_importance_shape(tuple(values.shape), asked)
+    return values
+
+
+def _device_hessian(hessian: Any, weight: Tensor, asked: Problem) -> Tensor:
+    values = torch.as_tensor(hessian, device=weight.device).detach().to(torch.float32)
+    objectives.check_hessian_shape(tuple(values.shape), asked)
+    return values.contiguous()
 
 
 def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -2,13 +2,43 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import nvfp4sweep
-from nvfp4sweep.problem import Problem, check_packable, make_problem
+from nvfp4sweep.problem import Problem, check_packable, global_amax_per_matrix, make_problem
 from nvfp4sweep_torch import _device
-from nvfp4sweep_torch._tensors import as_weight, check_same_device, choose_engine, host_amax, to_numpy
+from nvfp4sweep_torch._tensors import (
+    as_weight,
+    check_same_device,
+    choose_engine,
+    to_numpy,
+    to_numpy_if_tensor,
+)
+
+_N_ARRAYS = 4
+
+
+class Arrays(NamedTuple):
+    """The arguments of a call that are arrays, as a caller gives them."""
+
+    weight: Any
+    global_amax: Any = None
+    importance: Any = None
+    hessian: Any = None
+
+    def as_tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """What an operator takes: it knows tensors only, and without their autograd history."""
+        others = (
+            x if x is None else x.detach() if isinstance(x, Tensor) else _as_tensor(x, self.weight)
+            for x in self[1:]
+        )
+        return self.weight.detach(), *others
+
+
+def _as_tensor(values: Any, weight: Tensor) -> Tensor:
+    return torch.as_tensor(np.asarray(values, np.float32), device=weight.device)
 
 
 class Options(NamedTuple):
@@ -21,34 +51,36 @@ class Options(NamedTuple):
     check_finite: bool
     implementation: str | None
 
-    def problem(self, weight: Tensor) -> Problem:
+    def problem(self, weight: Tensor, importance: Any = None, hessian: Any = None) -> Problem:
         return make_problem(
             weight.shape,
             axis=self.axis,
             block_size=self.block_size,
             batch_dims=self.batch_dims,
             min_code=self.min_code,
+            importance=importance,
+            hessian=hessian,
         )
 
 
-def run_calibrate(weight: Any, global_amax: Any, options: Options) -> Tensor:
-    call = _Call(weight, global_amax, options)
+def run_calibrate(arrays: Arrays, options: Options) -> Tensor:
+    call = _Call(arrays, options)
     if call.engine == "triton":
         return call.on_device("amax")[0]
     return call.back(call.on_host(nvfp4sweep.calibrate))
 
 
-def run_sweep(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, ...]:
+def run_sweep(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
     """(amax, code, error, global_amax)"""
-    call = _Call(weight, global_amax, options)
+    call = _Call(arrays, options)
     if call.engine == "triton":
         return tuple(call.on_device("amax", "code", "error", "global_amax"))
     return tuple(map(call.back, call.on_host(nvfp4sweep.sweep)))
 
 
-def run_quantize(weight: Any, global_amax: Any, options: Options) -> tuple[Tensor, ...]:
+def run_quantize(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
     """(packed, E4M3 codes as uint8, global scale)"""
-    call = _Call(weight, global_amax, options)
+    call = _Call(arrays, options)
     check_packable(call.problem)
     if call.engine == "triton":
         return tuple(call.on_device("packed", "code", "global_scale"))
@@ -60,26 +92,30 @@ def run_quantize(weight: Any, global_amax: Any, options: Options) -> tuple[Tenso
 class _Call:
     """A checked call and the two ways to serve it."""
 
-    def __init__(self, weight: Any, global_amax: Any, options: Options):
-        self.weight = as_weight(weight)
-        self.global_amax = global_amax
+    def __init__(self, arrays: Arrays, options: Options):
+        self.weight = as_weight(arrays.weight)
+        self.arrays = arrays
         self.options = options
-        self.problem = options.problem(self.weight)
+        self.problem = options.problem(self.weight, arrays.importance, arrays.hessian)
         self.engine = choose_engine(self.weight, options.implementation)
-        check_same_device(global_amax, self.weight)
+        for name, value in arrays._asdict().items():
+            check_same_device(name, value, self.weight)
 
     def on_device(self, *outputs: str) -> list[Tensor]:
+        _, *others = self.arrays
         return _device.run(
-            self.weight, self.problem, self.global_amax, outputs, check_finite=self.options.check_finite
+            self.weight, self.problem, outputs, *others, check_finite=self.options.check_finite
         )
 
     def on_host(self, function: Any) -> Any:
-        amax = self.global_amax
+        amax, importance, hessian = map(to_numpy_if_tensor, self.arrays[1:])
         if amax is not None:
-            amax = host_amax(amax, self.problem).reshape(self.problem.batch_shape)
+            amax = global_amax_per_matrix(amax, self.problem).reshape(self.problem.batch_shape)
         return function(
             to_numpy(self.weight),
             global_amax=amax,
+            importance=importance,
+            hessian=hessian,
             **{**self.options._asdict(), "implementation": self.engine},
         )
 
@@ -88,16 +124,16 @@ class _Call:
 
 
 def _operator(run: Any, name: str) -> Any:
-    """Register `run` as torch.ops.nvfp4sweep.<name>: the weight, the amax, and the options spelled out."""
+    """Register `run` as torch.ops.nvfp4sweep.<name>: the arrays, and the options spelled out."""
     outputs = {"calibrate": 1, "sweep": 4, "quantize": 3}[name]
     returns = "Tensor" if outputs == 1 else f"({', '.join(['Tensor'] * outputs)})"
     schema = (
-        "(Tensor weight, Tensor? global_amax, int axis, int block_size, int batch_dims, int min_code, "
-        f"bool check_finite, str? implementation) -> {returns}"
+        "(Tensor weight, Tensor? global_amax, Tensor? importance, Tensor? hessian, int axis, int block_size, "
+        f"int batch_dims, int min_code, bool check_finite, str? implementation) -> {returns}"
     )
 
-    def implementation(weight: Tensor, global_amax: Tensor | None, *options: Any) -> Any:
-        return run(weight, global_amax, Options(*options))
+    def implementation(*arguments: Any) -> Any:
+        return run(Arrays(*arguments[:_N_ARRAYS]), Options(*arguments[_N_ARRAYS:]))
 
     return torch.library.custom_op(f"nvfp4sweep::{name}", implementation, mutates_args=(), schema=schema)
 
@@ -107,15 +143,20 @@ sweep_op = _operator(run_sweep, "sweep")
 quantize_op = _operator(run_quantize, "quantize")
 
 
+def _asked(weight: Tensor, *arguments: Any) -> Problem:
+    _, *objective = arguments[: _N_ARRAYS - 1]
+    return Options(*arguments[_N_ARRAYS - 1 :]).problem(weight, *objective)
+
+
 @calibrate_op.register_fake
-def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> Tensor:
-    asked = Options(*options).problem(weight)
+def _(weight: Tensor, *arguments: Any) -> Tensor:
+    asked = _asked(weight, *arguments)
     return weight.new_empty(asked.block_shape, dtype=torch.float32)
 
 
 @sweep_op.register_fake
-def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    asked = Options(*options).problem(weight)
+def _(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    asked = _asked(weight, *arguments)
     amax = weight.new_empty(asked.block_shape, dtype=torch.float32)
     code = weight.new_empty(asked.block_shape, dtype=torch.uint8)
     shared = weight.new_empty(asked.batch_shape, dtype=torch.float32)
@@ -123,8 +164,8 @@ def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor
 
 
 @quantize_op.register_fake
-def _(weight: Tensor, global_amax: Tensor | None, *options: Any) -> tuple[Tensor, ...]:
-    asked = Options(*options).problem(weight)
+def _(weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    asked = _asked(weight, *arguments)
     packed = weight.new_empty(asked.packed_shape, dtype=torch.uint8)
     code = weight.new_empty(asked.block_shape, dtype=torch.uint8)
     return packed, code, weight.new_empty(asked.batch_shape, dtype=torch.float32)

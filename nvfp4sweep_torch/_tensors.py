@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from nvfp4sweep import problem as problems
-from nvfp4sweep.problem import Problem
 
 _WEIGHT_DTYPES = {getattr(torch, name) for name in problems.WEIGHT_DTYPES}
 
@@ -56,14 +55,13 @@ def to_numpy(tensor: Tensor) -> np.ndarray[Any, Any]:
     return tensor.numpy()
 
 
-def check_same_device(global_amax: Any, weight: Tensor) -> None:
-    if isinstance(global_amax, Tensor) and global_amax.device != weight.device:
+def to_numpy_if_tensor(values: Any) -> Any:
+    """A tensor's values, which waits for one on a device; anything else as it is."""
+    return to_numpy(values) if isinstance(values, Tensor) else values
+
+
+def check_same_device(name: str, values: Any, weight: Tensor) -> None:
+    if isinstance(values, Tensor) and values.device != weight.device:
         raise ValueError(
-            f"global_amax is on device {global_amax.device} and weight on {weight.device}: move one of them"
+            f"{name} is on device {values.device} and weight on {weight.device}: move one of them"
         )
-
-
-def host_amax(global_amax: Any, asked: Problem) -> np.ndarray[Any, Any]:
-    """A caller's global_amax, checked, as float32 [matrices]. Waits for a tensor on a device."""
-    values = to_numpy(global_amax) if isinstance(global_amax, Tensor) else global_amax
-    return problems.global_amax_per_matrix(values, asked)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import nvfp4sweep
 from nvfp4sweep import formats
-from nvfp4sweep_torch._ops import Options, run_calibrate
+from nvfp4sweep_torch._ops import Arrays, Options, run_calibrate
 from nvfp4sweep_torch._tensors import as_weight
 
 TensorFunction = Callable[[Tensor, Tensor], Tensor]
@@ -34,13 +34,45 @@ def nvfp4_fp8_scale_sweep(x: Tensor, global_amax: Tensor, block_size: int = form
         As nvfp4sweep_torch.calibrate; and ValueError where global_amax is more than one number.
     """
     flat = as_weight(x, "x").reshape(-1)
-    return run_calibrate(
-        flat, _scalar(global_amax, flat), Options(-1, block_size, 0, formats.MIN_CODE, True, None)
-    )
+    return run_calibrate(Arrays(flat, _scalar(global_amax, flat)), _options(block_size))
+
+
+def nvfp4_fp8_scale_sweep_hessian(
+    x: Tensor, global_amax: Tensor, hessian: Tensor, block_size: int = formats.BLOCK_SIZE
+) -> Tensor:
+    """The amax of each block of `x` at the E4M3 scale of least r^T H r, r the block's residuals.
+
+    Args:
+        x: tensor of any shape, taken in C order as [rows, inputs / block_size, block_size].
+        global_amax: one number: a tensor of one element, or a float.
+        hessian: [inputs / block_size, block_size, block_size]: as nvfp4sweep_torch.calibrate takes it.
+        block_size: elements in a block: 16.
+
+    Returns:
+        float32 [n_blocks] on the device of `x`.
+
+    Raises:
+        As nvfp4sweep_torch.calibrate; and ValueError where global_amax is more than one number, or rows of
+        the Hessian's inputs do not make up `x`.
+    """
+    weight = as_weight(x, "x")
+    shape = tuple(hessian.shape)
+    inputs = shape[0] * block_size if shape else 0
+    if not inputs or weight.numel() % inputs:
+        raise ValueError(
+            f"hessian has shape {shape}, of {inputs} inputs in blocks of block_size={block_size}: they must "
+            f"divide the {weight.numel()} elements of x"
+        )
+    arrays = Arrays(weight.reshape(-1, inputs), _scalar(global_amax, weight), hessian=hessian)
+    return run_calibrate(arrays, _options(block_size)).reshape(-1)
+
+
+def _options(block_size: int) -> Options:
+    return Options(-1, block_size, 0, formats.MIN_CODE, True, None)
 
 
 class NVFP4MSECalibrator:
-    """Finds each block's amax of least squared error from one `collect` of the blocked weight.
+    """Finds each block's amax of least error from one `collect` of the blocked weight.
 
     Args:
         amax: the initial amax of each block, of any shape with n_blocks elements. Only its shape is
@@ -50,8 +82,10 @@ class NVFP4MSECalibrator:
         quant_func: quant_func(x, amax) -> fake-quantized x. Called only with an `error_func`, once
             for each candidate, with amax of the initial amax's shape.
         error_func: error_func(x, xq) -> the error of each element [n_blocks, block_size] or of each
-            block [n_blocks]. With one, all 126 candidates are tried by `quant_func`, and the lowest
-            that minimises it wins; without one the exact sweep runs.
+            block [n_blocks]. With one and no `hessian`, all 126 candidates are tried by `quant_func`, and
+            the lowest that minimises it wins; otherwise the exact sweep runs.
+        hessian: [inputs / block_size, block_size, block_size], shared by all rows of the weight: minimise
+            r^T H r. It takes precedence over `error_func`, as in ModelOpt.
 
     Raises:
         ValueError: another axis, or a global_amax of more than one element.
@@ -64,6 +98,7 @@ class NVFP4MSECalibrator:
         axis: int | None = None,
         quant_func: TensorFunction | None = None,
         error_func: TensorFunction | None = None,
+        hessian: Tensor | None = None,
     ) -> None:
         if axis not in (None, 0):
             raise ValueError(f"axis={axis!r} must be None or 0: blocks lie along the first axis")
@@ -71,6 +106,7 @@ class NVFP4MSECalibrator:
         self._global_amax = _scalar(global_amax, amax)
         self._quant_func = quant_func
         self._error_func = error_func
+        self._hessian = hessian
         self._best_amax: Tensor | None = None
 
     @torch.no_grad()
@@ -88,11 +124,13 @@ class NVFP4MSECalibrator:
                 f"x has shape {tuple(x.shape)}: it must be [n_blocks, block_size] with "
                 f"n_blocks={self._shape.numel()} as in the initial amax of shape {tuple(self._shape)}"
             )
-        best = (
-            nvfp4_fp8_scale_sweep(x, self._global_amax, x.shape[1])
-            if self._error_func is None
-            else (self._search(x.detach().float(), self._error_func))
-        )
+        if self._hessian is not None:
+            hessian = self._hessian.to(x.device)
+            best = nvfp4_fp8_scale_sweep_hessian(x, self._global_amax, hessian, x.shape[1])
+        elif self._error_func is None:
+            best = nvfp4_fp8_scale_sweep(x, self._global_amax, x.shape[1])
+        else:
+            best = self._search(x.detach().float(), self._error_func)
         self._best_amax = best.reshape(self._shape)
 
     def compute_amax(self, verbose: bool = False) -> Tensor | None:

@@ -93,8 +93,15 @@ def test_compile(backend: str) -> None:
 @pytest.mark.parametrize("name", ["calibrate", "sweep", "quantize"])
 def test_operators_are_well_formed(name: str) -> None:
     operator = getattr(torch.ops.nvfp4sweep, name).default
-    torch.library.opcheck(operator, (WEIGHT, None, -1, 16, 0, 1, True, None))
-    torch.library.opcheck(operator, (WEIGHT.t(), torch.tensor(9.0), 0, 32, 0, 8, False, "oracle"))
+    columns = WEIGHT.shape[1]
+    hessian = torch.eye(16).repeat(columns // 16, 1, 1)
+    for arrays, options in (
+        ((WEIGHT, None, None, None), (-1, 16, 0, 1, True, None)),
+        ((WEIGHT.t(), torch.tensor(9.0), None, None), (0, 32, 0, 8, False, "oracle")),
+        ((WEIGHT, None, torch.arange(columns), None), (-1, 16, 0, 1, True, "oracle")),
+        ((WEIGHT[:8], None, None, hessian), (-1, 16, 0, 1, True, "oracle")),
+    ):
+        torch.library.opcheck(operator, (*arrays, *options))
 
 
 def test_quantized_tensor_dequantizes_as_the_core_does() -> None:

@@ -40,7 +40,7 @@ def run(shape, at_end, scale, **options):
     outputs = ("amax", "code", "error", "packed", "global_amax", "global_scale")
     found = triton_launch.run(
         view, problem, outputs, lambda shape, dtype: guarded(shape, getattr(torch, dtype), at_end),
-        checked=guarded((len(view), 2), torch.float32, at_end),
+        checked=guarded((len(view), triton_launch.CHECKED), torch.float32, at_end),
     )
     assert torch.equal(found["global_amax"].flatten(), view.abs().amax(dim=(1, 2, 3)).float())
 

@@ -1,0 +1,308 @@
+"""CUDA: the sweep with block Hessians (theorems 10 and 11 in window.py).
+
+The blocks of a tile lie at the same place along the axis, so that they share a Hessian. A block in each
+thread. Codes are tried from the one that absmax would take: upwards, three at a time, then downwards, each
+way until a certificate.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra import cuda
+
+from nvfp4sweep import window as proofs
+from nvfp4sweep.triton_arithmetic import fma
+from nvfp4sweep.triton_blocks import (
+    any_of,
+    largest_of,
+    load_16,
+    load_shared,
+    point_thresholds,
+    store_packed,
+)
+from nvfp4sweep.triton_hessian_exact import form_in_order, settle_all, settle_two
+from nvfp4sweep.triton_hessian_tables import FLUSHED, FRACTION, HESSIAN_TABLE, PAIRS, ROW_SUMS, pair_index
+from nvfp4sweep.triton_search import code_at_least, code_window, load_pair, shared_rounder
+from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, TABLE
+
+MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT32)
+FIRST_NORMAL_CODE = tl.constexpr(proofs.FIRST_NORMAL_CODE)
+# Covers the rounding of a certificate.
+CERTIFIED = tl.constexpr(1.0 + 2.0**-16)
+# The scale of absmax's code, and 4M, in terms of M / 3.5.
+ABSMAX = tl.constexpr(3.5 / 6 * (1 + 2.0**-20))
+ALL_ZERO = tl.constexpr(3.5 * 4 * (1 + 2.0**-20))
+
+
+@triton.jit
+def _signed(rounder, w):
+    signed = ()
+    for i in tl.static_range(16):
+        bits = rounder[i].to(tl.int32, bitcast=True) | (w[i].to(tl.int32, bitcast=True) & -(2**31))
+        signed = signed + (bits.to(tl.float32, bitcast=True),)
+    return signed
+
+
+@triton.jit
+def _residuals(w, rounder, scale, CLIP: tl.constexpr):
+    """w - q s at one (-scale, -1 / scale)."""
+    residuals = ()
+    for i in tl.static_range(16):
+        q = rounder[i] - fma(w[i], scale[1], rounder[i])
+        if CLIP:
+            q = tl.minimum(tl.maximum(q, -6.0), 6.0)
+        residuals = residuals + (fma(q, scale[0], w[i]),)
+    return residuals
+
+
+@triton.jit
+def _squares(residuals, row_sums):
+    """P of theorem 10."""
+    even = tl.zeros_like(residuals[0])
+    odd = even
+    for i in tl.static_range(0, 16, 2):
+        even = fma(residuals[i] * residuals[i], row_sums[i], even)
+        odd = fma(residuals[i + 1] * residuals[i + 1], row_sums[i + 1], odd)
+    return even + odd
+
+
+@triton.jit
+def _is_doubtful(residuals, rounder, negative_scale):
+    """Whether an element's point may not be the nearest one, or a tie: its residual reaches half a step."""
+    worst = tl.zeros_like(negative_scale)
+    for i in tl.static_range(16):
+        # From 2^22 a rounder's step is a half, and so the inverse of half a step is 4; and so on by octaves.
+        octaves = (149 << 23) - (rounder[i].to(tl.int32, bitcast=True) & 0x7F800000)
+        inverse_half_step = ((129 << 23) + octaves).to(tl.float32, bitcast=True)
+        worst = tl.maximum(worst, tl.abs(residuals[i]) * inverse_half_step)
+    return worst >= 0.0 - negative_scale
+
+
+@triton.jit
+def _forms(residuals, pairs, T: tl.constexpr):
+    """r^T H r of several residuals, which share what is loaded: the diagonal and twice the rest of H."""
+    h = load_shared(pairs, 136)
+    results = ()
+    for n in tl.static_range(len(residuals)):
+        results = results + (tl.zeros([T], tl.float32),)
+    for i in tl.static_range(16):
+        rows = ()
+        for n in tl.static_range(len(residuals)):
+            rows = rows + (h[pair_index(i, i)] * residuals[n][i],)
+        for j in tl.static_range(i + 1, 16):
+            further = ()
+            for n in tl.static_range(len(residuals)):
+                further = further + (fma(h[pair_index(i, j)], residuals[n][j], rows[n]),)
+            rows = further
+        further = ()
+        for n in tl.static_range(len(residuals)):
+            further = further + (fma(rows[n], residuals[n][i], results[n]),)
+        results = further
+    return results
+
+
+@triton.jit
+def _keep_best(error, margin, lowest, code, best, second):
+    """The best (error, margin, code), and the second (least possible error, code, that of any third)."""
+    better = error < best[0]
+    beaten = tl.where(better, best[0] - best[1], lowest)
+    beaten_code = tl.where(better, best[2], code)
+    second = (
+        tl.minimum(beaten, second[0]),
+        tl.where(beaten < second[0], beaten_code, second[1]),
+        tl.minimum(second[2], tl.maximum(beaten, second[0])),
+    )
+    best = (
+        tl.minimum(error, best[0]),
+        tl.where(better, margin, best[1]),
+        tl.where(better, code, best[2]),
+    )
+    return best, second
+
+
+@triton.jit
+def _try_codes(w, magnitude, first_code, last_allowed, tables, hessian, fraction, floor, best, second,
+               N: tl.constexpr, CLIP: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Try N codes from first_code, up to last_allowed. They share a rounder, made for the second of three."""
+    first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE + 1 - N)
+    scales = tables + 2 * first
+    rounder = _signed(shared_rounder(magnitude, tl.load(scales + 2 * (N // 2) + 1)), w)
+    row_sums = load_shared(hessian + ROW_SUMS, 16)
+    bound = (best[0] + best[1]) * CERTIFIED
+    residuals = ()
+    sizes = ()
+    wanted = ()
+    any_wanted = first < 0
+    for n in tl.static_range(N):
+        residual = _residuals(w, rounder, load_pair(scales + 2 * n), CLIP)
+        size = _squares(residual, row_sums)
+        want = (first + n >= first_code) & (first + n <= last_allowed) & ~(fraction * size > bound)
+        any_wanted = any_wanted | want
+        residuals = residuals + (residual,)
+        sizes = sizes + (size,)
+        wanted = wanted + (want,)
+    if any_of(any_wanted):
+        errors = _forms(residuals, hessian + PAIRS, T)
+        for n in tl.static_range(N):
+            scale = load_pair(scales + 2 * n)
+            uncut = residuals[n]
+            if CLIP:  # a residual that is cut says nothing about the point
+                uncut = _residuals(w, rounder, scale, False)
+            doubtful = wanted[n] & _is_doubtful(uncut, rounder, scale[0])
+            # A doubtful error may be any: such a code is never the best, but a rival of it.
+            error = tl.where(wanted[n] & ~doubtful, errors[n], float("inf"))
+            margin = tl.where(doubtful, float("inf"), sizes[n] * MARGIN + floor)
+            lowest = tl.where(doubtful, -float("inf"), error - margin)
+            best, second = _keep_best(error, margin, lowest, first + n, best, second)
+    return best, second
+
+
+@triton.jit
+def _flat(magnitude, row_sums, negative_scale, T: tl.constexpr):
+    """What no scale up from here can save: elements that round to 0 (theorem 10)."""
+    flat = tl.zeros_like(negative_scale)
+    sums = load_shared(row_sums, 16)
+    for i in tl.static_range(16):
+        kept = tl.where(magnitude[i] * 4.0 <= 0.0 - negative_scale, magnitude[i], 0.0)
+        flat = fma(kept * kept, sums[i], flat)
+    return flat
+
+
+@triton.jit
+def _excess(magnitude, row_sums, negative_scale, T: tl.constexpr):
+    """What no scale down from here can save: that elements exceed 6 of it."""
+    excess = tl.zeros_like(negative_scale)
+    sums = load_shared(row_sums, 16)
+    six = excess + 6.0
+    for i in tl.static_range(16):
+        over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
+        excess = fma(over * over, sums[i], excess)
+    return excess
+
+
+@triton.jit
+def _opaque(hessian, turn):
+    """The same pointer, which the compiler cannot know: or it would load a whole Hessian before a loop, into
+    more registers than there are. `turn` counts from 0."""
+    return hessian + 4 * tl.minimum(turn, 0)
+
+
+@triton.jit
+def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.constexpr):
+    """(error, margin, code) of the best, and (least possible error, code, that of a third) of the others."""
+    fraction = tl.maximum(tl.load(hessian + FRACTION), 0.0)
+    screens = peak * tl.load(tables + SCREEN_UPPER)
+    # From the first normal code up neighbouring codes may share a rounder.
+    start = tl.maximum(tl.maximum(code_at_least(screens * ABSMAX), FIRST_NORMAL_CODE), min_code)
+    top = tl.minimum(tl.maximum(code_at_least(screens * ALL_ZERO), min_code), MAX_CODE)
+    floor = peak * peak * FLUSHED
+    infinite = tl.full(peak.shape, float("inf"), tl.float32)
+    none = tl.full(peak.shape, MAX_CODE, tl.int32)
+    best = (infinite, tl.zeros_like(peak), none)
+    second = (infinite, none, infinite)
+
+    up = start
+    goes_on = inside & (up <= top)
+    turn = tl.full([], 0, tl.int32)
+    while any_of(goes_on):
+        here = _opaque(hessian, turn)
+        turn += 1
+        last_allowed = tl.where(goes_on, top, 0)
+        best, second = _try_codes(w, magnitude, up, last_allowed, tables, here, fraction, floor, best, second,
+                                  3, False, T)  # fmt: skip
+        up += 3
+        next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(up, 1), MAX_CODE))
+        flat = _flat(magnitude, here + ROW_SUMS, next_scale, T)
+        goes_on = goes_on & (up <= top) & ~(fraction * flat > (best[0] + best[1]) * CERTIFIED)
+
+    down = tl.minimum(start, MAX_CODE + 1)  # all codes from here up are dealt with
+    excess = _excess(magnitude, hessian + ROW_SUMS, tl.load(tables + 2 * tl.maximum(down - 1, 1)), T)
+    goes_on = inside & (down > min_code) & ~(fraction * excess > (best[0] + best[1]) * CERTIFIED)
+    while any_of(goes_on):
+        here = _opaque(hessian, turn)
+        turn += 1
+        down = tl.where(goes_on, down - 1, down)
+        last_allowed = tl.where(goes_on, MAX_CODE, 0)
+        best, second = _try_codes(w, magnitude, down, last_allowed, tables, here, fraction, floor, best,
+                                  second, 1, True, T)  # fmt: skip
+        excess = _excess(magnitude, here + ROW_SUMS, tl.load(tables + 2 * tl.maximum(down - 1, 1)), T)
+        goes_on = goes_on & (down > min_code)
+        goes_on = goes_on & ~(fraction * excess > (best[0] + best[1]) * CERTIFIED)
+    return best, second
+
+
+@triton.jit
+def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along, matrix, outer_stride, step,
+                inner_stride, length_blocks, inner, n_rows, min_code,
+                VECTOR: tl.constexpr, INNER: tl.constexpr, T: tl.constexpr,
+                OVERLAP: tl.constexpr):  # fmt: skip
+    row = tile.to(tl.int64) * T + tl.arange(0, T)
+    inside = row < n_rows
+    outer, column = row // inner, row % inner
+    blocks = weight + outer * (outer_stride * VECTOR) + column * inner_stride
+
+    loaded = load_16(blocks, inside, 0, step, 16, VECTOR, T)
+    w = ()
+    magnitude = ()
+    for i in tl.static_range(16):
+        w = w + (loaded[i].to(tl.float32),)
+        magnitude = magnitude + (tl.abs(w[i]),)
+    peak = largest_of(magnitude, 0, 16)
+    if OVERLAP:  # with tabulate, up to here
+        cuda.gdc_wait()
+    screened = inside & (tl.zeros_like(peak) + tl.load(tables + SCREEN_UPPER) > 0.0)
+    best, second = find_best(w, magnitude, peak, screened, tables, hessian, min_code, T)
+    found = best[2]
+    possible = best[0] + best[1]
+    undecided = inside & ~((best[0] < float("inf")) & (second[2] > possible))
+    near = inside & ~undecided & (second[0] <= possible)
+    if any_of(near):
+        winner = settle_two(w, peak, blocks, near, step, tables, found, second[1], hessian, T)
+        found = tl.where(near, winner, found)
+    if any_of(undecided):
+        # Theorem 3, and what to do without a global amax, hold for any sum of residuals.
+        _, last = code_window(peak, tables, min_code, MAX_CODE)
+        alone = last == min_code
+        exact = settle_all(peak, blocks, undecided & ~alone, step, tables, min_code, MAX_CODE, hessian, T)
+        found = tl.where(undecided, tl.where(alone, min_code, exact), found)
+
+    block = (outer * length_blocks + along) * inner + column
+    out = matrix * n_rows * length_blocks + block
+    if amax is not None:
+        tl.store(amax + out, tl.load(tables + AMAX + found), mask=inside)
+    if code is not None:
+        tl.store(code + out, found.to(tl.uint8), mask=inside)
+    if error is not None or packed is not None:
+        scale = 0.0 - tl.load(tables + 2 * found)
+        thresholds = point_thresholds(tables, found, T)
+        if error is not None:
+            tl.store(error + out, form_in_order(w, scale, thresholds, hessian), mask=inside)
+        if packed is not None:
+            base = ((outer * length_blocks + along) * inner + matrix * n_rows * length_blocks) * 8 + column
+            store_packed(packed, base, inner, blocks, inside, step, thresholds, VECTOR, INNER, 16,
+                         T)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["matrix_stride", "outer_stride", "block_stride", "step", "inner_stride",
+                               "hessian_stride", "length_blocks", "inner", "n_rows", "matrices",
+                               "min_code"])  # fmt: skip
+def sweep_hessian(weight, hessian_tables, tables, amax, code, error, packed, matrix_stride: tl.int64,
+                  outer_stride: tl.int64, block_stride: tl.int64, step: tl.int64, inner_stride: tl.int64,
+                  hessian_stride: tl.int64, length_blocks: tl.int64, inner: tl.int64, n_rows: tl.int64,
+                  matrices: tl.int32, min_code: tl.int32,
+                  VECTOR: tl.constexpr, INNER: tl.constexpr, T: tl.constexpr,
+                  OVERLAP: tl.constexpr):  # fmt: skip
+    """As triton_kernels.sweep. n_rows: blocks of a matrix that share a Hessian.
+
+    VECTOR: elements a load, to whose multiples the strides of matrices, outer and blocks are given.
+    """
+    program = tl.program_id(0).to(tl.uint32)
+    width = length_blocks.to(tl.uint32)
+    tile = program // width
+    along = (program % width).to(tl.int64)
+    for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
+        matrix = tl.full([], 0, tl.int64) + i
+        _sweep_tile(weight + matrix * (matrix_stride * VECTOR) + along * (block_stride * VECTOR),
+                    hessian_tables + (matrix * hessian_stride + along) * HESSIAN_TABLE,
+                    tables + matrix * TABLE, amax, code, error, packed, tile, along, matrix, outer_stride,
+                    step, inner_stride, length_blocks, inner, n_rows, min_code, VECTOR, INNER, T,
+                    OVERLAP)  # fmt: skip
