@@ -1,51 +1,29 @@
-"""The CPU engine's kernels, in Numba: one block in each vector lane.
+"""The CPU engine's kernels for plain squared error, in Numba: one block in each vector lane.
 
-A tile holds LANES blocks transposed to [element, lane]. The window (window.py) is walked code by code,
-each lane at its own code, with float32 errors; what their proven margin cannot separate is compared
-exactly. float16 and bfloat16 are read as bits and widened in the tile, so the weight is never copied.
-
-A weight arrives as flat bits (uint32 or uint16) of [groups, block_size, inner] in C order: block b is
-element b % inner of group b // inner, and its elements lie `inner` apart.
+The window (window.py) is walked code by code, each lane at its own code, with float32 errors; what
+their proven margin cannot separate is compared exactly.
 """
 
 import numpy as np
 from numba import types
 
 from nvfp4sweep import formats
-from nvfp4sweep.lanes import at, fma, jit, larger, put, select, smaller
-from nvfp4sweep.window import (
-    FIRST_UNDOUBLED_CODE,
-    GREATEST_FLOAT32_PEAK,
-    LEAST_FLOAT32_PEAK,
-    LEAST_FLOAT32_SCALE,
-    ROUNDER_BASE,
-    ROUNDER_SLOPE,
+from nvfp4sweep.cpu_exact import GRID, MIDPOINTS, two_product, two_sum
+from nvfp4sweep.cpu_tiles import (
+    GREATEST_PEAK,
+    LANES,
+    LEAST_PEAK,
+    LEAST_SCALE,
+    ROUNDER_CEILING,
+    SCALED_ROUNDER_BASE,
+    SCALED_ROUNDER_SLOPE,
+    UNROLL,
+    code_at_least,
+    lane_maxima,
+    load_magnitudes,
 )
-
-# Many vectors wide: what a loop over lanes costs before its first vector is spread over all of them.
-LANES = 256
-_UNROLL = 8
-
-_ROUNDER_BASE = np.float32(2**22 * ROUNDER_BASE)
-_ROUNDER_SLOPE = np.float32(2**22 * ROUNDER_SLOPE)
-# Where y may exceed 6 the rounder stops in the binade of step 4, so that no y rounds to 0.
-_ROUNDER_CEILING = np.float32(2**25 * 1.5)
-
-_LEAST_PEAK = np.float32(LEAST_FLOAT32_PEAK)
-_GREATEST_PEAK = np.float32(GREATEST_FLOAT32_PEAK)
-_LEAST_SCALE = np.float32(LEAST_FLOAT32_SCALE)
-
-_INF_BITS = np.uint32(0x7F800000)
-_FLOAT16_INF_BITS = np.uint32(0x7C00 << 13)  # once shifted to a float32's place
-# A float16 widened by shifting its bits alone is too small by this factor.
-_FLOAT16_REBIAS = np.float32(2.0**112)
-_E4M3_TO_FLOAT32 = np.int32(formats.E4M3_TO_FLOAT32)
-_SMALLEST_NORMAL_E4M3 = np.float32(2.0**-6)
-_VELTKAMP = 2.0**27 + 1
-
-_GRID = formats.E2M1_VALUES
-_MIDPOINTS = formats.E2M1_MIDPOINTS
-
+from nvfp4sweep.lanes import at, fma, jit, larger, put, select, smaller
+from nvfp4sweep.window import FIRST_UNDOUBLED_CODE
 
 # --- float32: one candidate for every lane --------------------------------------------------------
 
@@ -53,13 +31,13 @@ _MIDPOINTS = formats.E2M1_MIDPOINTS
 @jit(inline="always")
 def _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
     """errors[lane] += squared error at the lane's scale, which clips nothing (6 s >= M)."""
-    for base in range(0, tile.size, _UNROLL * LANES):
+    for base in range(0, tile.size, UNROLL * LANES):
         for lane in range(LANES):
             error = errors[lane]
-            for i in range(_UNROLL):
+            for i in range(UNROLL):
                 w = at(tile, base + i * LANES + lane)
                 square = at(squares, base + i * LANES + lane)
-                rounder = fma(square, slope[lane], _ROUNDER_BASE)
+                rounder = fma(square, slope[lane], SCALED_ROUNDER_BASE)
                 q = rounder - fma(w, negative_inverse[lane], rounder)
                 residual = fma(q, negative_scale[lane], w)
                 error = fma(residual, residual, error)
@@ -69,13 +47,13 @@ def _accumulate_errors(tile, squares, slope, negative_inverse, negative_scale, e
 @jit(inline="always")
 def _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_scale, errors):
     """The same for scales that may clip."""
-    for base in range(0, tile.size, _UNROLL * LANES):
+    for base in range(0, tile.size, UNROLL * LANES):
         for lane in range(LANES):
             error = errors[lane]
-            for i in range(_UNROLL):
+            for i in range(UNROLL):
                 w = at(tile, base + i * LANES + lane)
                 square = at(squares, base + i * LANES + lane)
-                rounder = smaller(fma(square, slope[lane], _ROUNDER_BASE), _ROUNDER_CEILING)
+                rounder = smaller(fma(square, slope[lane], SCALED_ROUNDER_BASE), ROUNDER_CEILING)
                 q = smaller(rounder - fma(w, negative_inverse[lane], rounder), np.float32(6))
                 residual = fma(q, negative_scale[lane], w)
                 error = fma(residual, residual, error)
@@ -83,25 +61,6 @@ def _accumulate_clipped_errors(tile, squares, slope, negative_inverse, negative_
 
 
 # --- exact comparison (window.py, theorem 5) ------------------------------------------------------
-
-
-@jit(inline="always")
-def _two_sum(a, b):
-    total = a + b
-    virtual = total - a
-    return total, (a - (total - virtual)) + (b - virtual)
-
-
-@jit(inline="always")
-def _two_product(a, b):
-    product = a * b
-    t = _VELTKAMP * a
-    a_high = t - (t - a)
-    a_low = a - a_high
-    t = _VELTKAMP * b
-    b_high = t - (t - b)
-    b_low = b - b_high
-    return product, ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 @jit()
@@ -112,14 +71,14 @@ def _exact_objective(tile, lane, block_size, scale):
         w = np.float64(tile[i, lane])
         q = 0.0
         for step in range(7):
-            if w > _MIDPOINTS[step] * scale:
-                q = _GRID[step + 1]
+            if w > MIDPOINTS[step] * scale:
+                q = GRID[step + 1]
         a += w * q
         b += q * q
-    f_high, f_low = _two_product(scale * scale, b)  # scale has 24 bits: its square is exact
-    g_high, g_low = _two_product(-2.0 * scale, a)
-    high, carry = _two_sum(f_high, g_high)
-    return _two_sum(high, (f_low + g_low) + carry)
+    f_high, f_low = two_product(scale * scale, b)  # scale has 24 bits: its square is exact
+    g_high, g_low = two_product(-2.0 * scale, a)
+    high, carry = two_sum(f_high, g_high)
+    return two_sum(high, (f_low + g_low) + carry)
 
 
 @jit()
@@ -137,50 +96,6 @@ def _settle(tile, lane, block_size, scales, first, last, errors, limit):
 
 
 # --- one tile -------------------------------------------------------------------------------------
-
-
-@jit()
-def _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits):
-    """tile[i, lane] = |w|, and 0 in lanes without a block."""
-    mask = np.uint32(0x7FFF) if bits.itemsize == 2 else np.uint32(0x7FFFFFFF)
-    shift = np.uint32(0)  # to a float32's place for the exponent
-    if bits.itemsize == 2:
-        shift = np.uint32(13) if is_float16 else np.uint32(16)
-    column = first_block % inner
-    start = first_block // inner * block_size * inner + column
-    if inner == 1:
-        for lane in range(lanes):
-            for i in range(block_size):
-                w = np.uint32(at(bits, start + lane * block_size + i))
-                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
-    elif column + lanes <= inner:
-        for i in range(block_size):
-            for lane in range(lanes):
-                w = np.uint32(at(bits, start + i * inner + lane))
-                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
-    else:
-        for lane in range(lanes):
-            block = first_block + lane
-            start = block // inner * block_size * inner + block % inner
-            for i in range(block_size):
-                w = np.uint32(at(bits, start + i * inner))
-                put(tile_bits, i * LANES + lane, np.uint32((w & mask) << shift))
-    if lanes < LANES:
-        tile_bits[:block_size, lanes:] = np.uint32(0)
-    if is_float16:
-        for i in range(block_size * LANES):
-            widened = at(tile_bits, i)
-            put(tile, i, np.float32(at(tile, i) * _FLOAT16_REBIAS))
-            if widened >= _FLOAT16_INF_BITS:
-                put(tile_bits, i, _INF_BITS)
-
-
-@jit(inline="always")
-def _code_at_least(value, value_bits):
-    """The lowest E4M3 code whose value is >= value; beyond 126 where there is none."""
-    uniform = np.int32(np.ceil(smaller(value, _SMALLEST_NORMAL_E4M3) * np.float32(512)))
-    normal = np.int32(np.int32((value_bits + np.uint32(0xFFFFF)) >> np.uint32(20)) - _E4M3_TO_FLOAT32)
-    return select(value < _SMALLEST_NORMAL_E4M3, uniform, normal)
 
 
 @jit()
@@ -215,8 +130,8 @@ def _search(
         y[lane] = peak[lane] * upper
     count = np.int32(1)
     for lane in range(LANES):
-        low = smaller(_code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
-        high = larger(np.int32(_code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
+        low = smaller(code_at_least(x[lane], x_bits[lane]), np.int32(FIRST_UNDOUBLED_CODE))
+        high = larger(np.int32(code_at_least(y[lane], y_bits[lane]) - np.int32(1)), last_unhalved)
         trivial = np.float32(4) * peak[lane] <= least_scale
         first[lane] = select(trivial, min_code, larger(low, min_code))
         last[lane] = select(trivial, min_code, smaller(high, np.int32(formats.MAX_CODE)))
@@ -231,7 +146,7 @@ def _search(
         for lane in range(LANES):
             inverse = np.float32(1) / negative_scale[lane]
             negative_inverse[lane] = inverse
-            slope[lane] = inverse * inverse * _ROUNDER_SLOPE
+            slope[lane] = inverse * inverse * SCALED_ROUNDER_SLOPE
             clips = peak[lane] + np.float32(6) * negative_scale[lane] > np.float32(0)
             clipping += select(clips, np.int32(1), np.int32(0))
             row[lane] = np.float32(0)
@@ -255,9 +170,9 @@ def _search(
             codes[lane] = select(better, code, codes[lane])
     for lane in range(LANES):
         in_range = (
-            (peak[lane] >= _LEAST_PEAK)
-            & (peak[lane] <= _GREATEST_PEAK)
-            & (at(scales, np.intp(first[lane])) >= _LEAST_SCALE)
+            (peak[lane] >= LEAST_PEAK)
+            & (peak[lane] <= GREATEST_PEAK)
+            & (at(scales, np.intp(first[lane])) >= LEAST_SCALE)
         )
         bound = least[lane] * (np.float32(1) + relative_margin) + absolute_margin
         limit[lane] = select(in_range, bound, np.float32(np.inf))
@@ -282,7 +197,7 @@ def _error(tile, lane, block_size, scale):
         w = np.float64(tile[i, lane])
         least = w * w
         for step in range(1, 8):
-            residual = w - _GRID[step] * scale
+            residual = w - GRID[step] * scale
             least = min(least, residual * residual)
         total += least
     return np.float32(total)
@@ -332,7 +247,7 @@ def sweep_range(
 
     Returns the largest bit pattern of any |w|: at least that of infinity if one was not finite.
     """
-    padded = (block_size + _UNROLL - 1) // _UNROLL * _UNROLL  # zeros add nothing to any error
+    padded = (block_size + UNROLL - 1) // UNROLL * UNROLL  # zeros add nothing to any error
     tile = np.zeros((padded, LANES), np.float32)
     tile_bits = tile.view(np.uint32)
     squares = np.empty_like(tile)
@@ -343,14 +258,8 @@ def sweep_range(
     largest = np.uint32(0)
     for first_block in range(start, stop, LANES):
         lanes = min(LANES, stop - first_block)
-        _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
-        peak_bits[:] = np.uint32(0)
-        for base in range(0, tile.size, _UNROLL * LANES):
-            for lane in range(LANES):
-                bits_so_far = peak_bits[lane]
-                for i in range(_UNROLL):
-                    bits_so_far = larger(at(tile_bits, base + i * LANES + lane), bits_so_far)
-                peak_bits[lane] = bits_so_far
+        load_magnitudes(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
+        lane_maxima(tile_bits, peak_bits)
         for lane in range(LANES):
             largest = larger(peak_bits[lane], largest)
         _search(
@@ -393,14 +302,14 @@ def pack_range(bits, is_float16, block_size, inner, start, stop, scales, code, p
     nibbles = np.empty((block_size, LANES), np.uint8)
     for first_block in range(start, stop, LANES):
         lanes = min(LANES, stop - first_block)
-        _load(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
+        load_magnitudes(bits, is_float16, block_size, inner, first_block, lanes, tile, tile_bits)
         for lane in range(lanes):
             scale = np.float64(scales[code[first_block + lane]])
             for i in range(block_size):
                 w = np.float64(tile[i, lane])
                 nibble = 0
                 for step in range(7):
-                    edge = _MIDPOINTS[step] * scale
+                    edge = MIDPOINTS[step] * scale
                     nibble += w >= edge if step & 1 else w > edge
                 nibbles[i, lane] = nibble if scale > 0 else 0
         for lane in range(lanes):

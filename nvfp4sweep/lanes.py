@@ -1,6 +1,8 @@
 """What Numba's kernels need beyond Python for a loop over lanes to become vector instructions."""
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -8,8 +10,31 @@ from numba import types
 from numba.extending import intrinsic
 
 
+def _digest_of_sources() -> str:
+    """Of all files that kernels are made of."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for pattern in ("cpu_*.py", "formats.py", "lanes.py", "window.py"):
+        for path in sorted(folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+_SOURCES = _digest_of_sources()
+
+
 def jit(*arguments: Any, **options: Any) -> Callable[[Callable[..., Any]], Any]:
-    return numba.njit(*arguments, nogil=True, cache=True, error_model="numpy", **options)
+    """numba.njit with a cache on disk that an edit of any kernel's source makes void.
+
+    Numba itself looks at the file of the function only, not at those that it calls: so what names the
+    function there has a digest of them all.
+    """
+    compiled = numba.njit(*arguments, nogil=True, cache=bool(arguments), error_model="numpy", **options)
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += f"_{_SOURCES}"
+        return compiled(function)
+
+    return decorate
 
 
 @intrinsic
@@ -46,6 +71,16 @@ def put(typingctx, array, index, value):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, array.dtype), codegen
+
+
+@intrinsic
+def bits_of(typingctx, value):
+    """The bits of a float32."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), codegen
 
 
 @intrinsic

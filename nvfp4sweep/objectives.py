@@ -81,10 +81,23 @@ def hessian_per_matrix(hessian: npt.ArrayLike, problem: Problem, *, check: bool)
     return full.reshape(problem.view_shape[0], *problem.hessian_shape[-3:])
 
 
+def normalised_hessian(hessian: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Each of [blocks, 16, 16], none of them all zero, times a power of two: a largest element in [1, 2).
+
+    Which code is best stays as it is. What underflows is off by 2^-150.
+    """
+    wide = hessian.astype(np.float64)
+    _, exponent = np.frexp(np.abs(wide).max(axis=(1, 2), keepdims=True, initial=0))
+    return np.ldexp(wide, 1 - exponent).astype(np.float32)
+
+
 def hessian_bounds(
     hessian: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """What theorem 10 needs of float32 [blocks, 16, 16]: c [blocks, 16] and mu [blocks], rounded safely."""
+    """What theorem 10 needs of normalised float32 [blocks, 16, 16]: c [blocks, 16] and mu [blocks].
+
+    Both are rounded to the safe side: c up, mu down.
+    """
     wide = hessian.astype(np.float64)
     sums = np.nextafter(np.abs(wide).sum(axis=-1).astype(np.float32), np.float32(np.inf))
     sums[~wide.any(axis=-1)] = 0

@@ -85,9 +85,10 @@ def _lowest_best(
 
 def _leave_out_repeats(errors: Floats, magnitude: Floats, scales: Floats) -> None:
     """Where s >= 4 max|w| every element's nearest code is 0: all such scales have the same error, and only
-    the lowest of them can be the answer."""
+    the lowest of them can be the answer. So it is with scales that are equal."""
     all_zero = scales >= 4 * magnitude.max(axis=1, initial=0, keepdims=True)
-    errors[:, 1:][all_zero[:, 1:] & all_zero[:, :-1]] = np.inf
+    equal = scales[1:] == scales[:-1]
+    errors[:, 1:][(all_zero[:, 1:] & all_zero[:, :-1]) | equal] = np.inf
 
 
 def _as_integer(value: float) -> int:
