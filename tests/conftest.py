@@ -143,6 +143,8 @@ _ENGINES: dict[str, tuple[list[str], Callable[[], Engine]]] = {
     "jax": (["jax", "triton"] if CUDA else ["numba", "jax"], lambda: _jax_engine("jax")),
     "jit": (["jax", "triton"] if CUDA else ["jax"], lambda: _jax_engine("jit")),
 }
+#: Those of them that take an importance and a hessian: every engine, once it does.
+SERVES_OBJECTIVES = ["cpu"]
 #: What runs on a CUDA device where there is one.
 ON_DEVICE = {"triton", "jax", "jit", "xla"}
 if CUDA:  # elsewhere it is what "jit" chooses
@@ -155,11 +157,21 @@ def _parameter(name: str) -> Any:
 
 @pytest.fixture(scope="session", params=[_parameter(name) for name in _ENGINES])
 def engine(request: pytest.FixtureRequest) -> Engine:
-    needs, make = _ENGINES[request.param]
+    return _engine(request.param)
+
+
+@pytest.fixture(scope="session", params=[_parameter(name) for name in SERVES_OBJECTIVES])
+def objective_engine(request: pytest.FixtureRequest) -> Engine:
+    return _engine(request.param)
+
+
+@functools.cache
+def _engine(name: str) -> Engine:
+    needs, make = _ENGINES[name]
     missing = [package for package in needs if importlib.util.find_spec(package) is None]
     if missing:
-        reason = f"engine {request.param} needs {', '.join(missing)}, which is not installed"
-        if REQUIRED & {request.param, *missing}:
+        reason = f"engine {name} needs {', '.join(missing)}, which is not installed"
+        if REQUIRED & {name, *missing}:
             pytest.fail(reason)
         pytest.skip(reason)
     return make()

@@ -1,11 +1,14 @@
-"""The oracle against exact rational arithmetic, and the window's theorems against the oracle."""
+"""The oracle against exact rational arithmetic, and the window's theorems against the oracle.
+
+The theorems for importances and Hessians are in test_theorems.py.
+"""
 
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, Case, blocks_over_decades, from_levels, normal
+from cases import CASES, OBJECTIVE_CASES, Case, ObjectiveCase, blocks_over_decades, from_levels, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,28 +23,57 @@ from nvfp4sweep.window import (
 GRID = [Fraction(x) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
 
 
-def rational_errors(block: Any, global_amax: np.float32) -> dict[int, Fraction]:
-    """The definition, letter by letter, in rational arithmetic."""
-    errors = {}
+def rational_scales(global_amax: np.float32) -> dict[int, Fraction]:
+    """The definition of the scales, letter by letter."""
+    scales = {}
     for code in range(1, 127):
-        value = np.array(code, np.uint8)
-        v = Fraction(float(formats.E4M3_VALUES[value]))
-        candidate = np.float32(float(v)) / np.float32(448)
-        scale = Fraction(float(np.float32(candidate * global_amax) / np.float32(6)))
-        errors[code] = sum(
-            (min((abs(Fraction(float(w))) - q * scale) ** 2 for q in GRID) for w in block), Fraction(0)
-        )
+        candidate = np.float32(formats.E4M3_VALUES[code]) / np.float32(448)
+        scales[code] = Fraction(float(np.float32(candidate * global_amax) / np.float32(6)))
+    return scales
+
+
+def rational_residual(w: Any, scale: Fraction) -> Fraction:
+    """w less its nearest point; in a tie the even code's."""
+    magnitude = abs(Fraction(float(w)))
+    distance = [abs(magnitude - q * scale) for q in GRID]
+    least = min(distance)
+    code = min((code for code in range(8) if distance[code] == least), key=lambda code: code % 2)
+    return (magnitude - GRID[code] * scale) * (-1 if w < 0 else 1)
+
+
+def rational_errors(
+    block: Any, global_amax: np.float32, importance: Any = None, hessian: Any = None
+) -> dict[int, Fraction]:
+    """The definition of the errors in rational arithmetic."""
+    if hessian is None:
+        weights = np.ones(len(block)) if importance is None or not np.any(importance) else importance
+        hessian = np.diag(weights)
+    # In units of 2^-149 and 2^-150 all are integers, which are faster than fractions.
+    h = [[int(Fraction(float(x)) * 2**149) for x in row] for row in hessian]
+    errors = {}
+    for code, scale in rational_scales(global_amax).items():
+        r = [int(rational_residual(w, scale) * 2**150) for w in block]
+        rows = [sum(x * b for x, b in zip(row, r, strict=True) if x) for row in h]
+        errors[code] = Fraction(sum(a * row for a, row in zip(r, rows, strict=True)), 2**449)
     return errors
 
 
-def check_block(block: Any, global_amax: np.float32, min_code: int = 1) -> None:
-    errors = {k: e for k, e in rational_errors(block, global_amax).items() if k >= min_code}
+def check_block(block: Any, global_amax: np.float32, min_code: int = 1, **weights: Any) -> None:
+    errors = rational_errors(block, global_amax, **weights)
+    errors = {k: e for k, e in errors.items() if k >= min_code}
     least = min(errors.values())
-    code, error = oracle.search(block[None], global_amax, min_code)
+    given = {name: values[None] for name, values in weights.items()}
+    code, error = oracle.search(block[None], global_amax, min_code, **given, hessian_of=np.zeros(1, np.intp))
     assert code[0] == min(k for k, e in errors.items() if e == least)
     with np.errstate(over="ignore"):
         rounded = np.float32(float(least))
-    assert error[0] == rounded or abs(error[0] - rounded) <= np.spacing(rounded)
+    # Terms of a quadratic form cancel: its sum in float64 is off by a part of their sizes.
+    sizes = (
+        np.abs(weights["hessian"]).sum(dtype=np.float64) * float(np.abs(block).max()) ** 2
+        if "hessian" in weights
+        else 0
+    )
+    assert error[0] == rounded or abs(error[0] - rounded) <= np.spacing(rounded) + sizes * 2.0**-44
 
 
 RATIONAL = [case for case in CASES if case.options.get("block_size", 16) == 16 and case.name not in (
@@ -66,6 +98,28 @@ def test_oracle_is_right(case: Case) -> None:
 )
 def test_oracle_is_right_for_any_block(block: list[float], amax: float, min_code: int) -> None:
     check_block(np.array(block, np.float32), np.float32(amax), min_code)
+
+
+OBJECTIVES = [
+    case
+    for case in OBJECTIVE_CASES
+    if case.weights.name in ("normal", "common-levels", "integers-power-of-two-amax", "near-midpoints")
+]
+
+
+@pytest.mark.parametrize("case", OBJECTIVES, ids=str)
+def test_oracle_is_right_with_weights(case: ObjectiveCase) -> None:
+    """The first blocks of a weight with the importances and Hessians of their inputs."""
+    weight, options = case.weight(2), case.options(2)
+    amax = np.float32(options.get("global_amax", np.abs(weight).max()))
+    blocks = weight.reshape(2, -1, 16)
+    if case.argument == "importance":
+        values = np.broadcast_to(options["importance"], weight.shape).astype(np.float32).reshape(blocks.shape)
+    else:
+        values = np.broadcast_to(options["hessian"], (2, *options["hessian"].shape))
+    for row, column in ((0, 0), (1, 3)):
+        if case.argument == "importance" or values[row, column].any():
+            check_block(blocks[row, column], amax, **{case.argument: values[row, column]})
 
 
 def test_ties_take_the_lowest_code() -> None:
