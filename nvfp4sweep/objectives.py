@@ -84,11 +84,14 @@ def hessian_per_matrix(hessian: npt.ArrayLike, problem: Problem, *, check: bool)
 def normalised_hessian(hessian: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Each of [blocks, 16, 16], none of them all zero, times a power of two: a largest element in [1, 2).
 
-    Which code is best stays as it is. What underflows is off by 2^-150.
+    Which code is best stays as it is. What underflows is off by 2^-150. A block that is not finite, which
+    nobody checked, becomes the identity.
     """
     wide = hessian.astype(np.float64)
+    wide[~np.isfinite(wide).all(axis=(1, 2))] = np.eye(wide.shape[-1])
     _, exponent = np.frexp(np.abs(wide).max(axis=(1, 2), keepdims=True, initial=0))
-    return np.ldexp(wide, 1 - exponent).astype(np.float32)
+    normalised: npt.NDArray[np.float32] = np.ldexp(wide, 1 - exponent).astype(np.float32)
+    return normalised
 
 
 def hessian_bounds(

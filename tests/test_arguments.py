@@ -14,6 +14,8 @@ import nvfp4sweep_jax  # noqa: E402
 import nvfp4sweep_torch  # noqa: E402
 
 WEIGHT = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+ONES = np.ones(32, np.float32)
+EYES = np.tile(np.eye(16, dtype=np.float32), (2, 1, 1))
 
 PACKAGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
     "numpy": (nvfp4sweep, np.asarray),
@@ -60,9 +62,82 @@ TABLE: list[tuple[str, Any, dict[str, Any], type[Exception], str]] = [
     ("min_code zero", WEIGHT, {"min_code": 0}, ValueError, r"min_code=0 must lie in 1 \.\. 126"),
     ("min_code 127", WEIGHT, {"min_code": 127}, ValueError, r"min_code=127 must lie in 1 \.\. 126"),
     ("engine unknown", WEIGHT, {"implementation": "cuda"}, ValueError, r"='cuda' is unknown.*oracle"),
-    ("importance", WEIGHT, {"importance": WEIGHT}, NotImplementedError, r"importance"),
-    ("hessian", WEIGHT, {"hessian": WEIGHT}, NotImplementedError, r"hessian"),
 ]  # fmt: skip
+
+
+def changed(array: Any, index: Any, value: float) -> Any:
+    array = array.copy()
+    array[index] = value
+    return array
+
+
+#: Packages that take an importance and a hessian: all, once they do.
+SERVES_OBJECTIVES = ["numpy"]
+#: (what is wrong, options, exception, words that the message must have)
+OBJECTIVES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
+    ("both", {"importance": ONES, "hessian": EYES}, ValueError, r"importance and hessian are both given"),
+    ("hessian of 32", {"hessian": EYES, "block_size": 32}, ValueError, r"block_size=32 must be 16"),
+    ("importance shape", {"importance": np.ones(5)}, ValueError, r"importance has shape \(5,\).*\(4, 32\)"),
+    ("importance larger", {"importance": np.ones((3, 4, 32))}, ValueError, r"importance .*\(3, 4, 32\)"),
+    ("importance < 0", {"importance": changed(ONES, 3, -2)}, ValueError, r"importance\[3\] is -2\.0.*>= 0"),
+    ("importance nan", {"importance": changed(ONES, 7, np.nan)}, ValueError, r"importance\[7\] is nan.*fin"),
+    ("importance inf", {"importance": changed(ONES, 7, np.inf)}, ValueError, r"importance\[7\] is inf"),
+    ("importance beyond float32", {"importance": 1e39}, ValueError, r"importance is inf"),
+    ("importance complex", {"importance": ONES + 1j}, TypeError, r"importance has dtype complex"),
+    ("importance bool", {"importance": ONES > 0}, TypeError, r"importance has dtype bool"),
+    ("hessian shape", {"hessian": EYES[0]}, ValueError, r"hessian has shape \(16, 16\).*\[2, 16, 16\]"),
+    ("hessian blocks", {"hessian": EYES[:1]}, ValueError, r"hessian has shape \(1, 16, 16\).*\[2, 16, 16\]"),
+    (
+        "hessian of the wrong batch", {"hessian": np.stack([EYES] * 3), "batch_dims": 1},
+        ValueError, r"hessian has shape \(3, 2, 16, 16\).*\[4, 2, 16, 16\] for one a matrix",
+    ),
+    ("hessian nan", {"hessian": changed(EYES, (1, 2, 3), np.nan)}, ValueError, r"hessian\[1, 2, 3\] is nan"),
+    ("hessian inf", {"hessian": changed(EYES, (1, 2, 3), np.inf)}, ValueError, r"hessian\[1, 2, 3\] is inf"),
+    (
+        "hessian not symmetric", {"hessian": changed(EYES, (1, 2, 3), 0.5)},
+        ValueError, r"hessian\[1, 2, 3\] is 0\.5 and its mirror image is 0\.0.*symmetric",
+    ),
+    (
+        "hessian not positive", {"hessian": changed(EYES, (1, 2, 2), -0.5)},
+        ValueError, r"hessian\[1\] has the eigenvalue -0\.5.*positive semidefinite",
+    ),
+    ("hessian complex", {"hessian": EYES + 0j}, TypeError, r"hessian has dtype complex"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("package", SERVES_OBJECTIVES)
+@pytest.mark.parametrize("function", ["calibrate", "sweep", "quantize"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"), [row[1:] for row in OBJECTIVES], ids=[r[0] for r in OBJECTIVES]
+)
+def test_objectives(package: str, function: str, options: dict[str, Any], error: Any, message: str) -> None:
+    module, convert = PACKAGES[package]
+    weight = convert(WEIGHT.reshape(4, 1, 32) if "batch_dims" in options else WEIGHT)
+    given = {k: convert(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
+    with pytest.raises(error, match=message):
+        getattr(module, function)(weight, **given)
+
+
+@pytest.mark.parametrize("package", SERVES_OBJECTIVES)
+def test_unchecked_objectives_give_no_exception(package: str) -> None:
+    module, convert = PACKAGES[package]
+    for name, values in (
+        ("importance", changed(changed(ONES, 7, np.nan), 20, -1)),
+        ("importance", changed(ONES, slice(None), np.inf)),
+        ("hessian", changed(changed(EYES, (0, 2, 3), np.nan), (1, 4, 4), -3)),
+        ("hessian", changed(EYES, (1, 5), np.inf)),
+    ):
+        for function in ("calibrate", "sweep"):
+            options = {name: convert(values), "check_finite": False}
+            getattr(module, function)(convert(WEIGHT), **options)
+
+
+@pytest.mark.parametrize("package", PACKAGES.keys() - set(SERVES_OBJECTIVES))
+@pytest.mark.parametrize("name", ["importance", "hessian"])
+def test_objectives_to_come(package: str, name: str) -> None:
+    module, convert = PACKAGES[package]
+    with pytest.raises(NotImplementedError):
+        module.calibrate(convert(WEIGHT), **{name: convert(ONES)})
 
 
 @pytest.mark.parametrize("package", PACKAGES)

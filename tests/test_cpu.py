@@ -13,7 +13,7 @@ import pytest
 import nvfp4sweep
 
 pytest.importorskip("numba")
-from nvfp4sweep import cpu, cpu_kernels, lanes
+from nvfp4sweep import cpu_kernels, cpu_searches, cpu_tiles, lanes
 
 LARGE = np.random.default_rng(0).standard_normal((2048, 2048)).astype(np.float32)
 
@@ -68,7 +68,7 @@ def test_no_copy_of_the_weight(view: str) -> None:
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    slabs = 3 * 4 * cpu._ELEMENTS_A_SLAB * (1 + len(os.sched_getaffinity(0)))
+    slabs = 3 * 4 * cpu_searches.ELEMENTS_A_SLAB * (1 + len(os.sched_getaffinity(0)))
     assert peak - amax.nbytes < min(slabs, weight.nbytes // 2)
 
 
@@ -87,9 +87,15 @@ def test_compiled_kernels_are_kept_on_disk(tmp_path: Path) -> None:
     assert hits == [["0", "0"], ["2", "2"]]
 
 
+def test_the_name_on_disk_tells_all_sources() -> None:
+    """Numba would keep kernels whose own file did not change though another did that they are made of."""
+    digest = cpu_kernels.sweep_range.py_func.__qualname__.removeprefix("sweep_range_")
+    assert digest == lanes._digest_of_sources() != ""
+
+
 def test_blocks_larger_than_a_tile_is_wide() -> None:
-    w = np.random.default_rng(1).standard_normal((2, 8 * cpu_kernels.LANES)).astype(np.float32)
-    for block_size in (cpu_kernels.LANES, 2 * cpu_kernels.LANES, 8 * cpu_kernels.LANES):
+    w = np.random.default_rng(1).standard_normal((2, 8 * cpu_tiles.LANES)).astype(np.float32)
+    for block_size in (cpu_tiles.LANES, 2 * cpu_tiles.LANES, 8 * cpu_tiles.LANES):
         np.testing.assert_array_equal(
             nvfp4sweep.sweep(w, block_size=block_size).code,
             nvfp4sweep.sweep(w, block_size=block_size, implementation="oracle").code,

@@ -25,8 +25,23 @@ ALLOWED: dict[str, set[str]] = {
     "objectives": {"problem", "window"},
     "oracle": {"formats", "packing"},
     "lanes": set(),
-    "cpu_kernels": {"formats", "lanes", "window"},
-    "cpu": {"formats", "window", "cpu_kernels"},
+    "cpu_tiles": {"formats", "lanes", "window"},
+    "cpu_exact": {"formats", "lanes", "window"},
+    "cpu_forms": {"formats"},
+    "cpu_kernels": {"formats", "lanes", "window", "cpu_exact", "cpu_tiles"},
+    "cpu_importance": {"formats", "lanes", "window", "cpu_exact", "cpu_tiles"},
+    "cpu_hessian_codes": {"formats", "lanes", "window", "cpu_forms", "cpu_tiles"},
+    "cpu_hessian": {"formats", "lanes", "window", "cpu_exact", "cpu_hessian_codes", "cpu_tiles"},
+    "cpu_searches": {
+        "formats",
+        "objectives",
+        "window",
+        "cpu_kernels",
+        "cpu_importance",
+        "cpu_hessian",
+        "cpu_hessian_codes",
+    },
+    "cpu": {"formats", "cpu_kernels", "cpu_searches"},
     "triton_tables": {"formats", "window"},
     "triton_arithmetic": set(),
     "triton_blocks": {"triton_tables"},
@@ -134,6 +149,13 @@ def test_torch_adapter_does_not_load_jax() -> None:
 
 def test_the_loading_check_can_fail() -> None:
     assert "numba" in loaded_by("import nvfp4sweep.cpu")
+
+
+def test_plain_searches_do_not_compile_the_others() -> None:
+    program = "import sys, nvfp4sweep.cpu; print(*(m for m in sys.modules if m.startswith('nvfp4sweep.')))"
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert "nvfp4sweep.cpu_kernels" in output.stdout.split()
+    assert not {"nvfp4sweep.cpu_importance", "nvfp4sweep.cpu_hessian"} & set(output.stdout.split())
 
 
 def test_same_public_names_and_signatures() -> None:

@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, HESSIANS, IMPORTANCES, OBJECTIVE_CASES, ObjectiveCase, lognormal
+from cases import CASES
 from conftest import Engine
 from engine_helpers import adversarial_blocks, assert_same
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from objective_cases import HESSIANS, IMPORTANCES, OBJECTIVE_CASES, ObjectiveCase, lognormal
 
 import nvfp4sweep
 from nvfp4sweep.problem import make_problem

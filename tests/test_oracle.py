@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases import CASES, OBJECTIVE_CASES, Case, ObjectiveCase, blocks_over_decades, from_levels, normal
+from cases import CASES, Case, blocks_over_decades, from_levels, normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from objective_cases import OBJECTIVE_CASES, ObjectiveCase
 
 from nvfp4sweep import formats, oracle
 from nvfp4sweep.window import (

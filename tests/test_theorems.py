@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from cases import (
-    HESSIANS,
-    IMPORTANCES,
     blocks_over_decades,
     from_levels,
     near_midpoints,
@@ -14,6 +12,7 @@ from cases import (
     one_large_element,
     sparse,
 )
+from objective_cases import HESSIANS, IMPORTANCES
 
 from nvfp4sweep import formats, oracle, packing
 from nvfp4sweep.objectives import hessian_bounds, normalised_hessian
