@@ -1,21 +1,24 @@
-"""CPU: calibrate against np.abs(x).max() and the oracle; extra memory; import time.
+"""CPU: calibrate against np.abs(x).max() and the oracle; importances and Hessians; extra memory; import time.
 
-python -m benchmarks.cpu
+python -m benchmarks.cpu [ledger]
 """
 
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 
 import nvfp4sweep
 from benchmarks import gate, ledger
 
 
 def main() -> None:
+    path = Path(sys.argv[1]) if len(sys.argv) > 1 else ledger.PATH
     entry: dict[str, Any] = {
         "benchmark": "cpu",
         "shape": list(gate.SHAPE),
@@ -48,7 +51,51 @@ def main() -> None:
             entry[name]["calibrate_over_abs_max"] = round(
                 times["calibrate"]["p50_ms"] / times["abs_max"]["p50_ms"], 2
             )
-    ledger.append({**ledger.environment(ledger.processor()), **entry})
+    entry["objectives"] = _objectives()
+    ledger.append({**ledger.environment(ledger.processor()), **entry}, path)
+
+
+def _objectives() -> dict[str, Any]:
+    """calibrate with importances and Hessians, in turn with plain calibrate, of a float32 weight."""
+    weight = gate.gaussian()
+    length, amax = weight.shape[1], np.float32(nvfp4sweep.global_amax(weight))
+    rng = np.random.default_rng(1)
+    weights: dict[str, dict[str, Any]] = {
+        "importance": {"importance": np.asarray(rng.lognormal(0, 1, length), np.float32)},
+        "hessian_512_tokens": {"hessian": _moments(rng.standard_normal((512, length)))},
+        "hessian_common_0.5": {"hessian": _common_factor(0.5, length)},
+        "hessian_common_0.9": {"hessian": _common_factor(0.9, length)},
+        "hessian_rank_1": {"hessian": _moments(rng.standard_normal((1, length)))},
+    }
+    calls = {"calibrate": lambda: nvfp4sweep.calibrate(weight)}
+    blocks = {}
+    for name, options in weights.items():
+        # Hessians on a sample, one row in 32: the oracle takes minutes for all.
+        part = slice(None) if name == "importance" else slice(None, None, 32)
+        code = nvfp4sweep.sweep(weight, **options).code[part]
+        blocks[name] = gate.require_equal(name, code, gate.oracle_codes(weight[part], amax, **options))
+        calls[name] = lambda options=options: nvfp4sweep.calibrate(weight, **options)  # type: ignore[misc]
+    times = ledger.interleaved(calls, repeats=7)
+    plain = times["calibrate"]["p50_ms"]
+    return {"calibrate": times.pop("calibrate")} | {
+        name: {
+            "blocks_equal_to_oracle": blocks[name],
+            **row,
+            "over_calibrate": round(row["p50_ms"] / plain, 2),
+        }
+        for name, row in times.items()
+    }
+
+
+def _moments(activations: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """The block Hessians of [tokens, length]."""
+    x = activations.reshape(len(activations), -1, 16).transpose(1, 0, 2)
+    return np.asarray((x.swapaxes(1, 2) @ x / len(activations)).astype(np.float32))
+
+
+def _common_factor(rho: float, length: int) -> npt.NDArray[np.float32]:
+    block = ((1 - rho) * np.eye(16) + rho).astype(np.float32)
+    return np.tile(block, (length // 16, 1, 1))
 
 
 def _import_seconds() -> float:

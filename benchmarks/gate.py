@@ -18,11 +18,21 @@ def gaussian(dtype: npt.DTypeLike = np.float32, shape: tuple[int, int] = SHAPE) 
     return np.random.default_rng(0).standard_normal(shape, np.float32).astype(dtype)
 
 
-def oracle_codes(weight: npt.NDArray[Any], global_amax: np.float32) -> npt.NDArray[np.uint8]:
-    """The oracle's codes for blocks of 16 along the last axis, on all cores: uint8 [n_blocks]."""
-    blocks = weight.astype(np.float32).reshape(-1, 16)
-    parts = np.array_split(blocks, max(1, len(blocks) // 8192))
-    return np.concatenate(list(_processes().map(_codes, parts, [global_amax] * len(parts))))
+def oracle_codes(
+    weight: npt.NDArray[Any],
+    global_amax: np.float32,
+    importance: npt.NDArray[np.float32] | None = None,
+    hessian: npt.NDArray[np.float32] | None = None,
+) -> npt.NDArray[np.uint8]:
+    """The oracle's codes for blocks of 16 along the last axis, on all cores: uint8 [n_blocks].
+
+    importance has one value an input, hessian one matrix a block of inputs.
+    """
+    rows = weight.astype(np.float32).reshape(-1, weight.shape[-1])
+    parts = np.array_split(rows, max(1, min(len(rows), rows.size // (16 * 8192))))
+    n = len(parts)
+    found = _processes().map(_codes, parts, [global_amax] * n, [importance] * n, [hessian] * n)
+    return np.concatenate(list(found))
 
 
 @functools.cache
@@ -31,8 +41,18 @@ def _processes() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(len(os.sched_getaffinity(0)), multiprocessing.get_context("spawn"))
 
 
-def _codes(blocks: npt.NDArray[np.float32], global_amax: np.float32) -> npt.NDArray[np.uint8]:
-    return oracle.search(blocks, global_amax, 1)[0]
+def _codes(
+    rows: npt.NDArray[np.float32],
+    global_amax: np.float32,
+    importance: npt.NDArray[np.float32] | None,
+    hessian: npt.NDArray[np.float32] | None,
+) -> npt.NDArray[np.uint8]:
+    code = np.empty(rows.size // 16, np.uint8)
+    matrix = rows[:, :, None]
+    if importance is not None:
+        importance = np.broadcast_to(importance[:, None], matrix.shape)
+    oracle.sweep_matrix(matrix, global_amax, 16, 1, code=code, importance=importance, hessian=hessian)
+    return code
 
 
 def require_equal(name: str, got: npt.NDArray[Any], expected: npt.NDArray[Any]) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from benchmarks import ledger
 from benchmarks.report_cuda import cuda
-from benchmarks.report_tables import CALLS, provenance, table
+from benchmarks.report_tables import CALLS, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PLOT = PAGE.with_suffix(".svg")
@@ -47,6 +47,8 @@ def _cpu(entry: dict[str, Any]) -> str:
         f" {100 * entry['extra_memory_fraction']:.1f} % of the weight.",
         f"- `import nvfp4sweep` adds {entry['import_s']} s to Python's start.",
     ]
+    if "objectives" in entry:
+        lines += ["", *objectives(entry["objectives"])]
     return "\n".join([*lines, ""])
 
 

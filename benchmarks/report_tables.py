@@ -31,6 +31,29 @@ CALLS = {
     "empty_launch": "a Triton kernel that writes one float",
     "sweep_64_blocks": "one small call (64 blocks), result on the host",
 }
+#: With what calibrate weights the errors.
+OBJECTIVES = {
+    "importance": "an importance, lognormal, one an input",
+    "hessian_512_tokens": "a Hessian of 512 Gaussian tokens",
+    "hessian_common_0.5": "the Hessian 0.5 I + 0.5 1 1^T",
+    "hessian_common_0.9": "the Hessian 0.1 I + 0.9 1 1^T",
+    "hessian_rank_1": "a Hessian of one token",
+}
+
+
+def objectives(rows: dict[str, Row]) -> list[str]:
+    """Times of calibrate with importances and Hessians, beside the plain one of the same run."""
+    cells = {"-": [times(rows["calibrate"]), "1", ""]} | {
+        text: [
+            times(rows[name]),
+            f"{rows[name]['over_calibrate']:.3g}",
+            f"{rows[name]['blocks_equal_to_oracle']:,}",
+        ]
+        for name, text in OBJECTIVES.items()
+        if name in rows
+    }
+    head = ["`calibrate(weight)`, float32, with", "ms", "times the plain one", "blocks equal to the oracle's"]
+    return plain_table(head, cells)
 
 
 def table(columns: dict[str, Row], meaning: dict[str, str]) -> list[str]:
