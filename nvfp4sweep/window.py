@@ -100,7 +100,7 @@ f(s) = sum_ij H_ij p_i (p_j - 2 w_j), p_i = q_i s with the sign of w_i, as a sum
 less than 2^-90 of its terms' sizes, and scales with equal p_i have equal sums. Unlike with sums of squares, a
 q that is not the nearest point is not nearly as good.
     Proof. The terms' sizes sum to |r|^T |H| |r| <= P. Each is rounded once for r_i and r_j, twice as a
-    product, and n - 1 times in each of two sums; 2 n + 4 roundings, to first order. What underflows, flushed
+    product, and n - 1 times in each of two sums; 2 n + 2 roundings, to first order. What underflows, flushed
     or not, is off by 2^-126. For an element of H that counts r_i r_j <= M^2 times; for r_i, a product or a
     sum over j 2 n M times; for a sum over i once. Together less than 2^-116 M^2 + 2^-114 M + 2^-120.
 
