@@ -144,7 +144,7 @@ _ENGINES: dict[str, tuple[list[str], Callable[[], Engine]]] = {
     "jit": (["jax", "triton"] if CUDA else ["jax"], lambda: _jax_engine("jit")),
 }
 #: Those of them that take an importance and a hessian: every engine, once it does.
-SERVES_OBJECTIVES = ["cpu"]
+SERVES_OBJECTIVES = ["cpu", "torch"]
 #: What runs on a CUDA device where there is one.
 ON_DEVICE = {"triton", "jax", "jit", "xla"}
 if CUDA:  # elsewhere it is what "jit" chooses

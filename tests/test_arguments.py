@@ -72,7 +72,7 @@ def changed(array: Any, index: Any, value: float) -> Any:
 
 
 #: Packages that take an importance and a hessian: all, once they do.
-SERVES_OBJECTIVES = ["numpy"]
+SERVES_OBJECTIVES = ["numpy", "torch"]
 #: (what is wrong, options, exception, words that the message must have)
 OBJECTIVES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("both", {"importance": ONES, "hessian": EYES}, ValueError, r"importance and hessian are both given"),
