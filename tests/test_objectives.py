@@ -71,6 +71,17 @@ def test_zero_hessians_are_told(objective_engine: Engine) -> None:
     assert_same(got.code[:, ::2], objective_engine.sweep(weight).code[:, ::2], "code")
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("given", [None, 3.0], ids=["own amax", "given amax"])
+def test_what_does_not_count_must_be_finite_too(value: float, given: Any, objective_engine: Engine) -> None:
+    weight = np.ones((2, 32), np.float32)
+    weight[1, 21] = value
+    counts = (np.arange(32) != 21).astype(np.float32)
+    for options in ({"importance": counts}, {"hessian": counts.reshape(2, 16, 1) * np.eye(16)}):
+        with pytest.raises(ValueError, match=r"weight\[1, 21\] is"):
+            objective_engine.calibrate(weight, global_amax=given, **options)
+
+
 # --- identities -----------------------------------------------------------------------------------
 
 WEIGHTS = [
