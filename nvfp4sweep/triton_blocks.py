@@ -179,26 +179,6 @@ def _packed(blocks, inside, top, step, thresholds,
 
 
 @triton.jit
-def place(tile, tiles_per_row, length_blocks, inner, LANES: tl.constexpr, T: tl.constexpr):
-    """Where a tile's blocks are: (outer, along the axis, inner), int64, of which lanes may share two.
-
-    LANES 1: a tile's blocks follow each other along the axis, 2: along `inner`, each of them a row of
-    tiles_per_row tiles. 0: they follow each other in the order [outer, length_blocks, inner].
-    """
-    lane = tl.arange(0, T).to(tl.int64)
-    if LANES == 0:
-        block = tile.to(tl.int64) * T + lane
-        row = block // inner
-        return row // length_blocks, row % length_blocks, block % inner
-    else:
-        row, column = row_and_column(tile, tiles_per_row)
-        if LANES == 1:
-            return row, column * T + lane, tl.full([], 0, tl.int64)
-        else:
-            return row // length_blocks, row % length_blocks, column * T + lane
-
-
-@triton.jit
 def first_bytes(block, tile, first_block, inner, tiles_per_row,
                 ROWS: tl.constexpr, INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr,
                 T: tl.constexpr):  # fmt: skip

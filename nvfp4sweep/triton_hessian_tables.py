@@ -7,12 +7,13 @@ from triton.language.extra import cuda
 from nvfp4sweep import window as proofs
 from nvfp4sweep.triton_tables import BAD_HESSIAN, ZERO_HESSIAN
 
-# float32: the Hessian (symmetric, the identity where it is zero), row by row; then, scaled by a power of two
-# to a largest element in [1, 2), its upper triangle, row by row, with twice what is off the diagonal; c and
-# mu of theorem 10 for that.
-PAIRS = tl.constexpr(256)
+# In floats. The Hessian (symmetric, the identity where it is zero) scaled by a power of two to a largest
+# element in [1, 2): in float64 row by row; then in float32 its upper triangle, row by row, with twice what is
+# off the diagonal; c and mu of theorem 10; what the Hessian was divided by.
+PAIRS = tl.constexpr(512)
 ROW_SUMS = tl.constexpr(PAIRS.value + 144)
 FRACTION = tl.constexpr(ROW_SUMS.value + 16)
+UNSCALE = tl.constexpr(FRACTION.value + 2)  # a float64
 HESSIAN_TABLE = tl.constexpr(FRACTION.value + 8)
 
 # Of the square of a block's largest element: what products and elements of a scaled Hessian that are flushed
@@ -89,8 +90,8 @@ def prepare(hessian, hessian_tables, hessian_status, OVERLAP: tl.constexpr):
 
     largest = tl.max(tl.max(tl.abs(mean.to(tl.float64)), axis=1), axis=0)
     exponent = largest.to(tl.int64, bitcast=True) >> 52  # biased, of a normal float64
-    unscale = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
-    scaled = mean.to(tl.float64) * unscale
+    power = (exponent << 52).to(tl.float64, bitcast=True)
+    scaled = mean.to(tl.float64) / power
     in_float32 = scaled.to(tl.float32)
     exact_sums = tl.sum(tl.abs(scaled), axis=1)
     sums = (exact_sums * (1.0 + 2.0**-22)).to(tl.float32)
@@ -101,11 +102,13 @@ def prepare(hessian, hessian_tables, hessian_status, OVERLAP: tl.constexpr):
         definite = _is_definite(shifted, row, column) != 0
 
     table = hessian_tables + index * HESSIAN_TABLE
-    tl.store(table + row * 16 + column, mean)
+    in_float64 = table.to(tl.pointer_type(tl.float64), bitcast=True)
+    tl.store(in_float64 + row * 16 + column, scaled)
     pair = row * 16 - row * (row - 1) // 2 + column - row
     tl.store(table + PAIRS + pair, tl.where(row == column, in_float32, 2.0 * in_float32), mask=column >= row)
     tl.store(table + ROW_SUMS + tl.arange(0, 16), sums)
     tl.store(table + FRACTION, fraction)
+    tl.store(in_float64 + UNSCALE // 2, power)
     if hessian_status is not None:
         good = (finite == 1) & (symmetric == 1) & definite
         status = tl.where(good, tl.where(zero, ZERO_HESSIAN, 0.0), BAD_HESSIAN)
