@@ -1,15 +1,17 @@
 """What an engine takes and gives, and what vmap makes of both."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.custom_batching import custom_vmap
 
-from nvfp4sweep.problem import Problem, make_problem
+from nvfp4sweep.problem import Problem
 
 Array = jax.Array
 
@@ -36,6 +38,20 @@ class Found(NamedTuple):
     global_amax: Any = None
     global_scale: Any = None
     largest: Any = None  # |w| of each matrix, float32 of problem.batch_shape
+
+
+#: Of the fields of Found, those with an entry a matrix.
+PER_MATRIX = ("global_amax", "global_scale", "largest")
+
+
+def shape_of(name: str, problem: Problem) -> tuple[tuple[int, ...], Any]:
+    """The shape and dtype of this field of Found."""
+    shape = problem.block_shape
+    if name in PER_MATRIX:
+        shape = problem.batch_shape
+    elif name == "packed":
+        shape = problem.packed_shape
+    return shape, np.dtype(np.uint8 if name in ("code", "packed") else np.float32)
 
 
 Run = Callable[[Operands, Problem, tuple[str, ...]], Found]
@@ -65,10 +81,6 @@ def over_stacks(run: Run, problem: Problem, outputs: tuple[str, ...]) -> Callabl
 
 
 def _stacked(problem: Problem, size: int) -> Problem:
-    return make_problem(
-        (size, *problem.shape),
-        axis=problem.axis + 1,
-        block_size=problem.block_size,
-        batch_dims=problem.batch_dims + 1,
-        min_code=problem.min_code,
+    return dataclasses.replace(
+        problem, shape=(size, *problem.shape), axis=problem.axis + 1, batch_dims=problem.batch_dims + 1
     )
