@@ -27,14 +27,23 @@ INF_BITS = 0x7F800000
 MAGNITUDE_MASK = 0x7FFFFFFF
 SMALLEST_NORMAL_BITS = 0x00800000
 _SMALLEST_NORMAL = 2.0**-126
+_HOLDS_BITS = jax.__version_info__ < (0, 11)
 _SUBNORMAL_STEP = 2.0**-149
 _SMALLEST_NORMAL_CODE = 8
 
 
+def hold(x: Array) -> Array:
+    """An array to slice and gather. Older XLA makes these operations on bfloat16 float32 ones on a CPU, and
+    the whole array with them: it takes the bits."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 and _HOLDS_BITS else x
+
+
 def float32_bits(x: Array) -> Array:
-    """int32 bits of a float32, float16 or bfloat16 array widened to float32."""
+    """int32 bits of a float32, float16 or bfloat16 array, or one that `hold` gave, widened to float32."""
     if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) << 16
+        x = lax.bitcast_convert_type(x, jnp.uint16)
+    if x.dtype == jnp.uint16:
+        return x.astype(jnp.int32) << 16
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
@@ -80,6 +89,11 @@ def as_float32(x: Array) -> Array:
 def e4m3_float32(code: Array) -> Array:
     """float32 E4M3 value of an int32 code >= 8; beyond 126 the values go on doubling every 8 codes."""
     return from_bits((code + formats.E4M3_TO_FLOAT32) << 20)
+
+
+def e4m3_float32_after(code: Array, steps: int) -> Array:
+    """e4m3_float32(code + steps)."""
+    return from_bits((code << 20) + ((formats.E4M3_TO_FLOAT32 + steps) << 20))
 
 
 def e4m3_float64(code: Array) -> Array:

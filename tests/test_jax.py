@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -75,6 +76,17 @@ def test_lowers_for_every_platform(platform):
     quantize = partial(nvfp4sweep_jax.quantize, implementation="xla")
     traced = jax.jit(quantize).trace(jax.ShapeDtypeStruct((64, 256), jnp.bfloat16))
     assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_exports_for_several_platforms():
+    weight = gaussian()
+    for function in (nvfp4sweep_jax.sweep, nvfp4sweep_jax.quantize):
+        exported = jax.export.export(
+            jax.jit(partial(function, implementation="xla")), platforms=("cpu", "cuda", "tpu")
+        )(weight)
+        found = jax.tree.leaves(exported.call(weight))
+        for a, b in zip(found, jax.tree.leaves(jax.jit(function)(weight)), strict=True):
+            same(a, b)
 
 
 def test_no_64_bit_mode_leaks():

@@ -121,7 +121,7 @@ from nvfp4sweep_jax._operands import Operands
 
 def search(*operands, problem, outputs):
     # In place of the kernels, which have no devices here: what a device is asked for its own part.
-    found = _xla.run(Operands(*operands), problem, outputs)
+    found = _xla.search(Operands(*operands), problem, outputs)
     return [getattr(found, name) for name in outputs]
 
 mlir.register_lowering(_triton._search_p, mlir.lower_fun(search, multiple_results=True), platform="cpu")
