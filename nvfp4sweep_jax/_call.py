@@ -10,7 +10,7 @@ from jax import lax
 
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
-from nvfp4sweep_jax import _amax, _eager, _triton, _xla
+from nvfp4sweep_jax import _amax, _eager, _objectives, _triton, _xla
 from nvfp4sweep_jax._operands import Found, Operands, Run, over_stacks
 
 #: What each public function needs of an engine.
@@ -28,8 +28,8 @@ def search(
     axis: int,
     block_size: int,
     batch_dims: int,
-    importance: None,
-    hessian: None,
+    importance: Any,
+    hessian: Any,
     min_code: int,
     check_finite: bool,
     implementation: str | None,
@@ -40,19 +40,25 @@ def search(
         weight.shape, axis=axis, block_size=block_size, batch_dims=batch_dims, min_code=min_code,
         importance=importance, hessian=hessian,
     )  # fmt: skip
-    if importance is not None or hessian is not None:
-        raise NotImplementedError
     if function == "quantize":
         problems.check_packable(asked)
     given = _given_amax(global_amax, asked)
-    traced = is_traced(weight) or is_traced(given)
-    engine = _choose_engine(weight, traced, implementation)
+    traced = any(map(is_traced, (weight, given, importance, hessian)))
+    engine = _choose_engine(weight, traced, implementation, asked)
     outputs = _OUTPUTS[function]
     if engine in ("cpu", "oracle"):
-        return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
+        found = _eager.on_host(
+            function, weight, asked, given, check_finite, engine, importance=importance, hessian=hessian
+        )
+        return asked, found
 
     _check_shards(weight, asked)
-    operands = Operands(weight, given)
+    operands = Operands(
+        weight,
+        given,
+        None if importance is None else _objectives.canonical_importance(importance, asked, check_finite),
+        None if hessian is None else _objectives.canonical_hessian(hessian, asked, check_finite),
+    )
     if traced:
         return asked, over_stacks(_RUN[engine], asked, outputs)(lax.stop_gradient(operands))
     found = _RUN[engine](operands, asked, (*outputs, "largest") if check_finite else outputs)
@@ -127,9 +133,12 @@ def _given_amax(global_amax: Any, asked: Problem) -> Any:
     return global_amax
 
 
-def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:
+def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None, asked: Problem) -> str:
     # Once with every engine, for the name alone: Triton is imported only where it may be used.
     name = problems.choose_engine(implementation, default="", served=problems.ENGINES, where="")
+    plain = asked.objective == "squared"
+    if name == "triton" and not plain:
+        raise NotImplementedError(f"implementation='triton' does not serve {asked.objective} yet: use 'xla'")
     if traced:
         platform, where = "", "a traced array (inside jit, vmap, grad and the like)"
     elif len(weight.devices()) > 1:
@@ -141,7 +150,7 @@ def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) 
     if platform == "cpu" and len(weight.devices()) == 1:
         served.insert(0, "cpu")
     default = served[0]
-    if name == "triton" or (not name and platform != "cpu" and _triton.capability()):
+    if name == "triton" or (not name and plain and platform != "cpu" and _triton.capability()):
         reason = _triton.why_not(platform)
         if reason:
             where += f" ({reason})"

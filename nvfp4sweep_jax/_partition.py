@@ -24,22 +24,25 @@ from nvfp4sweep_jax._operands import PER_MATRIX, Found, Operands, Run, shape_of
 
 Array = jax.Array
 Axes = Sequence[tuple[str, ...]]  # of a mesh, those that split each axis of an array
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]  # of the operands, by name
 
 
 def on_shards(search: Run, operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
     """search(operands, problem, outputs), wherever the weight's shards are."""
-    given = tuple(name for name, x in operands._asdict().items() if x is not None)
-    arrays = [getattr(operands, name) for name in given]
-    results = _partitioned(search, given, problem, outputs)(*arrays)
+    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
+    shapes = tuple((name, x.shape) for name, x in arrays.items())
+    results = _partitioned(search, shapes, problem, outputs)(*arrays.values())
     # Within shard_map they vary as the operands do.
-    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+    varying = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays.values()))
     return Found(**dict(zip(outputs, lax.pcast(results, tuple(sorted(varying)), to="varying"), strict=True)))
 
 
 @functools.cache
 def _partitioned(
-    search: Run, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]
+    search: Run, shapes: Shapes, problem: Problem, outputs: tuple[str, ...]
 ) -> Callable[..., tuple[Array, ...]]:
+    given = tuple(name for name, _ in shapes)
+
     def whole(*arrays: Array) -> tuple[Array, ...]:
         return tuple(_search_p.bind(*arrays, search=search, given=given, problem=problem, outputs=outputs))
 
@@ -60,13 +63,23 @@ def _partitioned(
                 _search_shard, search=search, given=given, problem=local, outputs=outputs, across=across
             ),
             tuple(sharding(axes[: problem.batch_dims] if name in PER_MATRIX else axes) for name in outputs),
-            (sharding(axes), *[sharding(axes[: problem.batch_dims]) for _ in given[1:]]),
+            tuple(sharding(_split(name, shape, axes, problem)) for name, shape in shapes),
         )
 
     partitioned = custom_partitioning(whole)
-    rule, sizes = _sharding_rule(problem, outputs, given)
+    rule, sizes = _sharding_rule(problem, outputs, shapes)
     partitioned.def_partition(partition, decode_shardings=False, sharding_rule=rule, **sizes)
     return partitioned
+
+
+def _split(name: str, shape: tuple[int, ...], axes: Axes, problem: Problem) -> Axes:
+    """The same of an operand, where these split the weight."""
+    batch = axes[: problem.batch_dims]
+    if name == "global_amax":
+        return batch
+    if name == "hessian":
+        return [*(batch if len(shape) > 3 else ()), axes[problem.axis]]
+    return [names if size > 1 else () for size, names in zip(shape, axes, strict=True)]
 
 
 def _axes_of(sharding: Sharding, mesh: Mesh, problem: Problem) -> list[tuple[str, ...]]:
@@ -85,9 +98,7 @@ def _axes_of(sharding: Sharding, mesh: Mesh, problem: Problem) -> list[tuple[str
     return [()] * n_axes
 
 
-def _sharding_rule(
-    problem: Problem, outputs: tuple[str, ...], given: tuple[str, ...]
-) -> tuple[str, dict[str, int]]:
+def _sharding_rule(problem: Problem, outputs: tuple[str, ...], shapes: Shapes) -> tuple[str, dict[str, int]]:
     """Which axes of operands and results correspond, and the sizes of those that only some have."""
     axes = [f"a{i}" for i in range(len(problem.shape))]
     sizes = {"element": problem.block_size}
@@ -101,8 +112,16 @@ def _sharding_rule(
     if "packed" in outputs:
         rule_of["packed"] = along(f"({blocks} byte)")
         sizes["byte"] = problem.block_size // 2
-    operands = [along(f"({blocks} element)"), *[batch] * (len(given) - 1)]
-    return f"{', '.join(operands)} -> {', '.join(rule_of.values())}", sizes
+    operands = {"weight": along(f"({blocks} element)"), "global_amax": batch}
+    for name, shape in shapes:
+        if name == "importance":
+            full = [*axes[: problem.axis], f"({blocks} element)", *axes[problem.axis + 1 :]]
+            ones = [f"one{i}" for i in range(len(shape))]
+            sized = zip(full, ones, shape, strict=True)
+            operands[name] = " ".join(factor if size > 1 else one for factor, one, size in sized)
+        elif name == "hessian":
+            operands[name] = f"{batch if len(shape) > 3 else ''} {blocks} row column"
+    return f"{', '.join(operands[name] for name, _ in shapes)} -> {', '.join(rule_of.values())}", sizes
 
 
 def _search_shard(
@@ -118,7 +137,9 @@ def _search_shard(
         operands = Operands(**dict(zip(given, arrays, strict=True)))
         known = {}
         if across and (operands.global_amax is None or "largest" in outputs):
-            own = search(Operands(operands.weight), problem, ("global_amax",)).global_amax
+            own = search(
+                Operands(operands.weight), dataclasses.replace(problem, objective="squared"), ("global_amax",)
+            ).global_amax
             # As bits, whose order keeps NaN the largest.
             known["largest"] = exact.from_bits(lax.pmax(exact.float32_bits(own), across))
             if operands.global_amax is None:

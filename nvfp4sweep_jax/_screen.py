@@ -45,7 +45,7 @@ from nvfp4sweep.window import (
 )
 from nvfp4sweep_jax import _arithmetic as exact
 from nvfp4sweep_jax import _words
-from nvfp4sweep_jax._blocks import reader, tree
+from nvfp4sweep_jax._blocks import block_view, reader, tree
 
 Array = jax.Array
 
@@ -58,10 +58,10 @@ _OCTAVE = 8
 _ROUNDER_REACH = 7
 
 
-def screen(view: Array, amax_bits: Array, problem: Problem) -> Array:
+def screen(weight: Array, amax_bits: Array, problem: Problem) -> Array:
     """The codes left of each block, as words."""
     size = problem.block_size
-    element = reader(view, problem)
+    element = reader(weight, problem)
     shift, unit = _normalized(amax_bits)
     magnitudes = [exact.from_bits(exact.magnitude_bits(element(i))) for i in range(size)]
     peak = tree(jnp.maximum, magnitudes) * shift
@@ -99,10 +99,13 @@ def screen(view: Array, amax_bits: Array, problem: Problem) -> Array:
     return _with_exceptions(word, peak, unit, amax_bits, problem)
 
 
-def whole_window(view: Array, amax_bits: Array, problem: Problem) -> Array:
+def whole_window(weight: Array, amax_bits: Array, problem: Problem) -> Array:
     """All codes of the window of each block."""
     shift, unit = _normalized(amax_bits)
-    peak = exact.from_bits(jnp.max(exact.magnitude_bits(view), axis=problem.axis + 1)) * shift
+    peak = (
+        exact.from_bits(jnp.max(exact.magnitude_bits(block_view(weight, problem)), axis=problem.axis + 1))
+        * shift
+    )
     word = _words.from_range(*_window(peak, unit, problem))
     return _with_exceptions(word, peak, unit, amax_bits, problem)
 

@@ -15,6 +15,7 @@ Array = jax.Array
 _RANGE = 1 << 30
 _CODE = 127
 SETTLED = 1 << 7
+_LONGEST = 22  # distance within a mask
 
 
 def from_mask(first: Array, mask: Array | int) -> Array:
@@ -25,6 +26,15 @@ def from_mask(first: Array, mask: Array | int) -> Array:
 def from_range(first: Array, last: Array) -> Array:
     """The codes first .. last."""
     return jnp.where(first == last, from_mask(first, 1), first | (first + 1) << 7 | last << 14 | _RANGE)
+
+
+def with_code(word: Array, code: Array) -> Array:
+    """These codes and a higher one; where they are too far apart for a mask, all from the lowest to it."""
+    first = word & _CODE
+    distance = code - first
+    masked = word | jnp.left_shift(1 << 7, jnp.minimum(distance, _LONGEST))
+    is_range = (word >= _RANGE) | (distance > _LONGEST)
+    return jnp.where(is_range, from_range(first, code), masked)
 
 
 def is_contested(word: Array) -> Array:

@@ -1,10 +1,13 @@
 """The XLA engine: plain jnp, exact, for anything that can be traced.
 
-The window (nvfp4sweep/window.py) is walked in float32 first (_screen.py). What its margin cannot separate
-is compared exactly, in float64 pairs (_settle.py).
+Codes are looked at in float32 for the plain squared error (_screen.py) and in float64 for the other
+objectives (_walk.py). What their margins cannot separate is compared exactly (_settle.py).
 """
 
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,19 @@ from nvfp4sweep import formats
 from nvfp4sweep.problem import Problem
 from nvfp4sweep_jax import _arithmetic as exact
 from nvfp4sweep_jax._amax import absolute_maximum, as_float32
-from nvfp4sweep_jax._blocks import MAX_UNROLLED_BLOCK_SIZE, block_view, fold, reader
-from nvfp4sweep_jax._operands import PER_MATRIX, Found, Operands
+from nvfp4sweep_jax._blocks import MAX_UNROLLED_BLOCK_SIZE, Reader, block_view, gatherer, reader
+from nvfp4sweep_jax._operands import PER_MATRIX, Found, Operands, shape_of
 from nvfp4sweep_jax._partition import on_shards
+from nvfp4sweep_jax._quadratic import QuadraticForm, prepared
 from nvfp4sweep_jax._screen import screen, whole_window
-from nvfp4sweep_jax._settle import settle
+from nvfp4sweep_jax._settle import settle, within
+from nvfp4sweep_jax._squares import Squares, WeightedSquares
+from nvfp4sweep_jax._walk import Quadratic, Weighted, walk
 
 Array = jax.Array
+
+#: They seldom leave a block contested, of those that the screen leaves so.
+_BLIND_ROUNDS = 2
 
 
 @partial(jax.jit, static_argnames=("problem", "outputs"))
@@ -31,7 +40,8 @@ def run(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found
 
 
 def search(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
-    weight, global_amax = operands
+    """The same on one device."""
+    weight, global_amax = operands.weight, operands.global_amax
     largest = None
     if global_amax is None or "largest" in outputs:
         largest = absolute_maximum(weight, problem)
@@ -41,49 +51,68 @@ def search(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Fo
         with jax.enable_x64(True):
             found["global_scale"] = exact.checkpoint_scale(global_amax)
     if not set(outputs) <= set(PER_MATRIX):
-        found |= _search_blocks(weight, global_amax, problem, outputs)
+        found |= _search_blocks(operands, global_amax, problem, outputs)
     return Found(**{name: found[name] for name in outputs})
 
 
 def _search_blocks(
-    weight: Array, global_amax: Array, problem: Problem, outputs: tuple[str, ...]
+    operands: Operands, global_amax: Array, problem: Problem, outputs: tuple[str, ...]
 ) -> dict[str, Array]:
-    weight = exact.hold(weight)
-    view = block_view(weight, problem)
-    given = global_amax.reshape(global_amax.shape + (1,) * (weight.ndim - problem.batch_dims))
-    amax_bits = exact.magnitude_bits(given)
-    look = screen if problem.block_size <= MAX_UNROLLED_BLOCK_SIZE else whole_window
-    words = look(view, amax_bits, problem)
+    if not math.prod(problem.block_shape):
+        return {name: jnp.zeros(*shape_of(name, problem)) for name in outputs if name not in PER_MATRIX}
+    weight = exact.hold(operands.weight)
+    amax_bits = exact.magnitude_bits(global_amax)
+    amax_bits = amax_bits.reshape(amax_bits.shape + (1,) * (weight.ndim - problem.batch_dims))
+    form_of = _forms(operands._replace(weight=weight), amax_bits, problem)
+    if problem.objective == "squared":
+        look = screen if problem.block_size <= MAX_UNROLLED_BLOCK_SIZE else whole_window
+        words = look(weight, amax_bits, problem)
     found = {}
     with jax.enable_x64(True):
-        code = settle(words, weight, amax_bits, problem)
+        if problem.objective == "importance":
+            words = walk(Weighted(form_of), amax_bits, problem)
+        elif problem.objective == "hessian":
+            words = walk(Quadratic(form_of), amax_bits, problem)
+        code = settle(
+            words,
+            lambda blocks, turn: form_of(blocks, turn).pairs,
+            amax_bits,
+            blind_rounds=_BLIND_ROUNDS if problem.objective == "squared" else 0,
+            passes=problem.objective != "hessian",
+        )
         scale = exact.block_scale(code, exact.widen(amax_bits))
         if "amax" in outputs:
             found["amax"] = exact.narrow(exact.block_amax(code, exact.widen(amax_bits)))
         if "code" in outputs:
             found["code"] = code.astype(jnp.uint8)
         if "error" in outputs:
-            found["error"] = exact.narrow(exact.round_to_float32(_error(view, scale, problem)))
+            error = form_of(None, None).error(scale)
+            found["error"] = exact.narrow_signed(exact.round_signed_to_float32(error))
         if "packed" in outputs:
-            found["packed"] = _pack(view, scale, problem)
+            found["packed"] = _pack(block_view(weight, problem), scale, problem)
     return found
 
 
-# --- what follows from the codes ------------------------------------------------------------------
+def _forms(operands: Operands, amax_bits: Array, problem: Problem) -> Callable[..., Any]:
+    """A function that gives the error of the blocks of these numbers, or of all, within a turn of a loop."""
+    weight, _, importance, hessian = operands
+    with jax.enable_x64(True):
+        # A NaN, which no amax is: 1, which XLA does not know.
+        one = jnp.where(amax_bits.reshape(-1)[0] == exact.MAGNITUDE_MASK, 2.0, 1.0)
+        hessian = None if hessian is None else prepared(hessian)
 
+    def form_of(blocks: Array | None, turn: Array | None) -> Any:
+        def read(x: Array) -> Reader:
+            x = x if turn is None else within(x, turn)
+            return reader(x, problem) if blocks is None else gatherer(blocks, x, problem)
 
-def _error(view: Array, scale: Array, problem: Problem) -> Array:
-    """float64: the squared error summed element by element in order, as in the oracle."""
-    inverse = exact.reciprocal(scale)
+        if hessian is not None:
+            return QuadraticForm(read(weight), hessian, problem, one, blocks)
+        if importance is not None:
+            return WeightedSquares(read(weight), read(importance), problem, one)
+        return Squares(read(weight), problem)
 
-    def add(total: Array, w: Array) -> Array:
-        magnitude = exact.widen(exact.magnitude_bits(w))
-        residual = magnitude - exact.nearest_e2m1(magnitude, inverse) * scale
-        # The minimum (with q = 0) is residual^2; it keeps XLA from contracting square and sum.
-        return total + jnp.minimum(residual * residual, magnitude * magnitude)
-
-    total: Array = fold(reader(view, problem), problem, add, scale * 0)
-    return total
+    return form_of
 
 
 def _pack(view: Array, scale: Array, problem: Problem) -> Array:
