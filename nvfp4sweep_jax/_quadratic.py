@@ -1,12 +1,14 @@
 """Quadratic forms r^T H r of blocks of 16 in float64: the Hessian prepared, bounds, comparison, the error."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nvfp4sweep.problem import Problem
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax._arithmetic import Pair
+from nvfp4sweep_jax import _exact_sums as sums
 from nvfp4sweep_jax._blocks import Reader, places, tree
 
 Array = jax.Array
@@ -167,47 +169,38 @@ class QuadraticForm:
 
     # --- comparison and the error ---
 
-    def pairs(self, scales: list[Array]) -> list[Pair]:
-        """The error at each scale (theorem 11), or where most of that of 0 is left what it is less than that.
+    def sign_of_difference(self, scale: Array, other: Array) -> tuple[Array, Array]:
+        """Of the errors at two scales, and whether it is known (theorem 11)."""
+        f = self._factors(scale, other)
 
-        Of two codes of such a block all but the last digits of the errors may be the same.
-        """
-        w = self.signed()
-        errors, losses = [], []
-        for scale in scales:
-            points = self.points(scale)
-            r = [exact.two_sum(x, -point) for x, point in zip(w, points, strict=True)]
-            # r^T H r - w^T H w is -p^T H (2 w - p), p = w - r.
-            rest = [exact.two_sum(2 * x, -point) for x, point in zip(w, points, strict=True)]
-            errors.append(self._product(r, r))
-            losses.append(self._product([(-point, point * 0) for point in points], rest))
-        mostly_left = sum(error[0] for error in errors) > self._form(w)
-        return [
-            (jnp.where(mostly_left, loss[0], error[0]), jnp.where(mostly_left, loss[1], error[1]))
-            for error, loss in zip(errors, losses, strict=True)
+        def add_column(j: Array, rows: sums.Sum) -> sums.Sum:
+            return sums.plus_multiple(rows, self.rows(j), _at(f, j))
+
+        rows = lax.fori_loop(0, self.size, add_column, sums.nothing(f.u))
+
+        def add_row(i: Array, total: sums.Sum) -> sums.Sum:
+            return sums.plus_product(total, _at(f.u, i), _at(rows, i))
+
+        return sums.sign(lax.fori_loop(0, self.size, add_row, sums.nothing(scale)))
+
+    def sign_by_digits(self, scale: Array, other: Array) -> Array:
+        """The same, always known."""
+        f = self._factors(scale, other)
+
+        def add(k: Array, digits: Array) -> Array:
+            i, j = k // self.size, k % self.size
+            h = lax.dynamic_index_in_dim(self.rows(i), j, 0, keepdims=False)
+            return sums.plus_digits(digits, h, _at(f, j)._replace(u=_at(f.u, i)))
+
+        return sums.sign_of_digits(lax.fori_loop(0, self.size**2, add, sums.no_digits(scale)))
+
+    def _factors(self, scale: Array, other: Array) -> sums.Factors:
+        """Arrays [16, ...]."""
+        parts = [
+            sums.factors(w, point, rival)
+            for w, point, rival in zip(self.signed(), self.points(scale), self.points(other), strict=True)
         ]
-
-    def _product(self, left: list[Pair], right: list[Pair]) -> Pair:
-        """left^T H right."""
-        lefts = [jnp.stack(parts) for parts in zip(*left, strict=True)]
-        halves = [exact.split(high) for high, _ in right]
-
-        def add(i: Array, total: Pair) -> Pair:
-            h = self.rows(i)
-            row = (total[0] * 0, total[0] * 0)
-            for j, (top, bottom) in enumerate(halves):
-                # Exact: 24 bits of h, 26 of each half.
-                for part in (h[j] * top, h[j] * bottom, h[j] * right[j][1] * self.one):
-                    row = exact.added(row, part)
-            high, low = (lax.dynamic_index_in_dim(x, i, 0, keepdims=False) for x in lefts)
-            for a in exact.split(high):
-                for b in exact.split(row[0]):
-                    total = exact.added(total, a * b)
-            return exact.added(total, high * row[1] * self.one + low * row[0] * self.one)
-
-        zero = left[0][0] * 0
-        product: Pair = lax.fori_loop(0, self.size, add, (zero, zero))
-        return product
+        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
 
     def error(self, scale: Array) -> Array:
         """Summed over j, then over i, in order, of products that are rounded one by one, as in the oracle."""
@@ -220,3 +213,7 @@ class QuadraticForm:
                 row += h[j] * r[j] * self.one
             total += row * r[i] * self.one
         return total
+
+
+def _at(x: Any, i: Array) -> Any:
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, i, 0, keepdims=False), x)

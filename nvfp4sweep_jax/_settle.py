@@ -5,6 +5,7 @@ whose elements are gathered. Where many are contested all are, in passes over th
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +13,22 @@ from jax import lax
 
 from nvfp4sweep_jax import _arithmetic as exact
 from nvfp4sweep_jax import _words
-from nvfp4sweep_jax._arithmetic import Pair
 
 Array = jax.Array
-#: What the exact errors of blocks at each scale compare by.
-Compare = Callable[[list[Array]], list[Pair]]
-#: Makes it, for the blocks of these numbers or for all, within a turn of a loop.
-MakeCompare = Callable[[Array | None, Array], Compare]
+
+
+class Form(Protocol):
+    """The exact error of some blocks."""
+
+    def sign_of_difference(self, scale: Array, other: Array) -> tuple[Array, Array]:
+        """Of the errors at two scales, and whether it is known."""
+
+    #: The same where it was not known, slowly; None if it always is.
+    sign_by_digits: Callable[[Array, Array], Array] | None
+
+
+#: Makes it, for the blocks of these numbers or for all (None), within a turn of a loop.
+FormOf = Callable[[Array | None, Array], Form]
 
 _GROUP = 32
 #: Of codes that are left for a block, in each later round.
@@ -28,7 +38,7 @@ _MANY = 32
 
 
 def settle(
-    words: Array, compare: MakeCompare, amax_bits: Array, *, blind_rounds: int = 0, passes: bool = True
+    words: Array, form_of: FormOf, amax_bits: Array, *, blind_rounds: int = 0, passes: bool = True
 ) -> Array:
     """int32 codes, from words of the blocks' shape: the lowest of those left with the least exact error.
 
@@ -49,25 +59,28 @@ def settle(
         block = row * groups + lax.iota(jnp.int32, groups)
         known = jnp.where(row < _GROUP, block, 0)
         bits = amaxes[0] if amaxes.size == 1 else amaxes[known // (total // amaxes.size)]
-        pairs = compare(known, turn)
+        form = form_of(known, turn)
         word = flat.at[known].get(mode="promise_in_bounds")
-        word = lax.fori_loop(0, duels, lambda _, word: _duel(word, bits, pairs), word)
+        word = lax.fori_loop(0, duels, lambda _, word: _duel(word, bits, form, to_the_end=True), word)
         return flat.at[block].set(word, mode="drop", unique_indices=True)
 
     def many(flat: Array, turn: Array) -> Array:
-        """Every contested block, by one duel."""
-        return _padded(_duel(flat[:total].reshape(words.shape), amax_bits, compare(None, turn)), groups)
+        """Every contested block, by one duel; it may leave some as they are."""
+        return _padded(_duel(flat[:total].reshape(words.shape), amax_bits, form_of(None, turn)), groups)
 
-    def settle_some(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        flat, turn, left = carry
-        flat = lax.cond(left > total // _MANY, many, few, flat, turn) if passes else few(flat, turn)
-        return flat, turn + 1, _contested(flat)
+    def settle_some(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        flat, turn, left, before = carry
+        if passes:
+            flat = lax.cond((left > total // _MANY) & (left < before), many, few, flat, turn)
+        else:
+            flat = few(flat, turn)
+        return flat, turn + 1, _contested(flat), left
 
     flat = _padded(words, groups)
     if blind_rounds:
         flat = lax.fori_loop(0, blind_rounds, lambda turn, flat: few(flat, turn, 1), flat)
-    carry = flat, jnp.int32(0), _contested(flat)
-    flat, _, _ = lax.while_loop(lambda carry: carry[2] > 0, settle_some, carry)
+    carry = flat, jnp.int32(0), _contested(flat), jnp.int32(total + 1)
+    flat, *_ = lax.while_loop(lambda carry: carry[2] > 0, settle_some, carry)
     return _words.code_of(flat[:total].reshape(words.shape))
 
 
@@ -88,11 +101,20 @@ def _contested(flat: Array) -> Array:
     return jnp.sum(_words.is_contested(flat), dtype=jnp.int32)
 
 
-def _duel(word: Array, amax_bits: Array, pairs: Compare) -> Array:
-    """What is left of contested words when their lowest two codes are compared."""
+def _duel(word: Array, amax_bits: Array, form: Form, to_the_end: bool = False) -> Array:
+    """What is left of contested words when their lowest two codes are compared.
+
+    Those stay as they are of which the comparison is not known, unless it goes to the end.
+    """
     amax = exact.widen(amax_bits)
-    ours, theirs = pairs(
-        [exact.block_scale(code, amax) for code in (_words.code_of(word), _words.rival_of(word))]
-    )
-    after = _words.after_duel(word, exact.less(theirs, ours))
-    return jnp.where(_words.is_contested(word), after, word)
+    scales = [exact.block_scale(code, amax) for code in (_words.code_of(word), _words.rival_of(word))]
+    sign, known = form.sign_of_difference(*scales)
+    contested = _words.is_contested(word)
+    if to_the_end and form.sign_by_digits is not None:
+        by_digits = form.sign_by_digits
+        unknown = contested & ~known
+        sign = lax.cond(
+            jnp.any(unknown), lambda: jnp.where(unknown, by_digits(*scales), sign), lambda: sign
+        )
+        known = contested
+    return jnp.where(contested & known, _words.after_duel(word, sign > 0), word)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from nvfp4sweep.problem import Problem
 from nvfp4sweep.window import LEAST_GLOBAL_AMAX, UPPER_RATIO, last_unhalved_code
 from nvfp4sweep_jax import _arithmetic as exact
+from nvfp4sweep_jax import _exact_sums as sums
 from nvfp4sweep_jax._arithmetic import Pair
 from nvfp4sweep_jax._blocks import Reader, fold
 
@@ -28,6 +29,14 @@ class Squares:
     def weighter(self) -> Callable[[Array, Any], Array]:
         """A function of a square and the number of its element."""
         return lambda square, i: square
+
+    def sign_of_difference(self, scale: Array, other: Array) -> tuple[Array, Array]:
+        """Of the errors at two scales, and whether it is known: always."""
+        ours, theirs = self.pairs([scale, other])
+        sign = jnp.where(exact.less(theirs, ours), 1, jnp.where(exact.less(ours, theirs), -1, 0))
+        return sign, sign == sign
+
+    sign_by_digits = None
 
     def pairs(self, scales: list[Array]) -> list[Pair]:
         """s^2 B - 2 s A at each scale (theorem 5): the error less its constant part."""
@@ -132,48 +141,30 @@ class WeightedSquares(Squares):
         total: Array = fold(add, self._zero(), self.problem)
         return total
 
-    def pairs(self, scales: list[Array]) -> list[Pair]:
-        """The error at each scale (theorem 9), or where most of the total is left sum h ((w - q s)^2 - w^2).
+    def sign_of_difference(self, scale: Array, other: Array) -> tuple[Array, Array]:
+        """Of the errors at two scales, and whether it is known (theorem 9)."""
 
-        Of two codes of such a block all but the last digits of the errors may be the same.
-        """
-        inverses = [exact.reciprocal(scale) for scale in scales]
+        def add(total: sums.Sum, i: Any, f: sums.Factors, h: Array) -> sums.Sum:
+            row = sums.plus_multiple(sums.nothing(h), h, f)
+            return sums.plus_product(total, f.u, row)
+
+        return sums.sign(self._over_factors(add, sums.nothing(scale), scale, other))
+
+    def sign_by_digits(self, scale: Array, other: Array) -> Array:
+        """The same, always known."""
+
+        def add(digits: Array, i: Any, f: sums.Factors, h: Array) -> Array:
+            return sums.plus_digits(digits, h, f)
+
+        return sums.sign_of_digits(self._over_factors(add, sums.no_digits(scale), scale, other))
+
+    def _over_factors(self, add: Callable[..., Any], start: Any, scale: Array, other: Array) -> Any:
+        scales = [(s, exact.reciprocal(s)) for s in (scale, other)]
         h = self.weights()
 
-        def add(sums: list[tuple[Pair, Pair]], i: Any) -> list[tuple[Pair, Pair]]:
+        def step(total: Any, i: Any) -> Any:
             w = self.magnitude(i)
-            found = []
-            for (error, gain), scale, inverse in zip(sums, scales, inverses, strict=True):
-                point = exact.nearest_e2m1(w, inverse) * scale
-                found.append(
-                    (self._error_added(error, h(i), w - point), self._gain_added(gain, h(i), w, point))
-                )
-            return found
+            points = [exact.nearest_e2m1(w, inverse) * s for s, inverse in scales]
+            return add(total, i, sums.factors(w, *points), h(i))
 
-        zero = (scales[0] * 0, scales[0] * 0)
-        found = fold(add, [(zero, zero) for _ in scales], self.problem, rolled=True)
-        mostly_left = sum(error[0] for error, _ in found) > self.total()
-        return [
-            (jnp.where(mostly_left, -gain[0], error[0]), jnp.where(mostly_left, -gain[1], error[1]))
-            for error, gain in found
-        ]
-
-    def _error_added(self, pair: Pair, h: Array, r: Array) -> Pair:
-        """pair + h r^2."""
-        top, bottom = exact.split(r)
-        # Exact: products of halves of 26 bits, and of h (24) with them.
-        high, low = exact.two_sum(top * top, 2 * (top * bottom))
-        high, rest = exact.two_sum(high, bottom * bottom)
-        top, bottom = exact.split(high)
-        for part in (h * top, h * bottom, h * (low + rest) * self.one):
-            pair = exact.added(pair, part)
-        return pair
-
-    def _gain_added(self, pair: Pair, h: Array, w: Array, point: Array) -> Pair:
-        """pair + h (w^2 - (w - point)^2)."""
-        high, low = exact.two_sum(2 * w, -point)
-        product = h * point  # 50 bits
-        for left in exact.split(product):
-            for right in exact.split(high):
-                pair = exact.added(pair, left * right)
-        return exact.added(pair, product * low * self.one)
+        return fold(step, start, self.problem, rolled=True)

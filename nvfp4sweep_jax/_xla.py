@@ -75,7 +75,7 @@ def _search_blocks(
             words = walk(Quadratic(form_of), amax_bits, problem)
         code = settle(
             words,
-            lambda blocks, turn: form_of(blocks, turn).pairs,
+            form_of,
             amax_bits,
             blind_rounds=_BLIND_ROUNDS if problem.objective == "squared" else 0,
             passes=problem.objective != "hessian",
