@@ -79,7 +79,6 @@ def calibrate(
         TypeError: `weight` is not a JAX array, or has another dtype.
         ValueError: as nvfp4sweep.calibrate; an implementation that cannot serve the array, as any but
             "xla" under jit.
-        NotImplementedError: importance or hessian is given.
     """
     _, found = _call.search(
         "calibrate", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,

@@ -44,7 +44,7 @@ def search(
         problems.check_packable(asked)
     given = _given_amax(global_amax, asked)
     traced = any(map(is_traced, (weight, given, importance, hessian)))
-    engine = _choose_engine(weight, traced, implementation, asked)
+    engine = _choose_engine(weight, traced, implementation)
     outputs = _OUTPUTS[function]
     if engine in ("cpu", "oracle"):
         found = _eager.on_host(
@@ -133,12 +133,9 @@ def _given_amax(global_amax: Any, asked: Problem) -> Any:
     return global_amax
 
 
-def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None, asked: Problem) -> str:
+def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None) -> str:
     # Once with every engine, for the name alone: Triton is imported only where it may be used.
     name = problems.choose_engine(implementation, default="", served=problems.ENGINES, where="")
-    plain = asked.objective == "squared"
-    if name == "triton" and not plain:
-        raise NotImplementedError(f"implementation='triton' does not serve {asked.objective} yet: use 'xla'")
     if traced:
         platform, where = "", "a traced array (inside jit, vmap, grad and the like)"
     elif len(weight.devices()) > 1:
@@ -150,7 +147,7 @@ def _choose_engine(weight: jax.Array, traced: bool, implementation: str | None, 
     if platform == "cpu" and len(weight.devices()) == 1:
         served.insert(0, "cpu")
     default = served[0]
-    if name == "triton" or (not name and plain and platform != "cpu" and _triton.capability()):
+    if name == "triton" or (not name and platform != "cpu" and _triton.capability()):
         reason = _triton.why_not(platform)
         if reason:
             where += f" ({reason})"

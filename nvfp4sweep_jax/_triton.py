@@ -5,8 +5,10 @@ wait comes between: XLA allocates, orders and frees. The kernels are compiled wh
 """
 
 import functools
+import math
 import threading
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -64,19 +66,42 @@ def run(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found
 
 
 def _search(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
-    given = (x for x in operands if x is not None)
-    found = _search_p.bind(*given, problem=problem, outputs=outputs)
+    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
+    found = _search_p.bind(*arrays.values(), given=tuple(arrays), problem=problem, outputs=outputs)
     return Found(**dict(zip(outputs, found, strict=True)))
 
 
-# --- the primitive: a weight and perhaps its global amaxes to the outputs of these names ------------
+def _viewed(
+    arrays: Sequence[Array], given: tuple[str, ...], problem: Problem
+) -> tuple[Operands, tuple[int, ...] | None]:
+    """The operands, and the strides of an importance as Problem.view_shape.
+
+    It stays small, unless it repeats along some but not all of the axes that one of those four merges.
+    """
+    operands = Operands(**dict(zip(given, arrays, strict=True)))
+    importance = operands.importance
+    if importance is None:
+        return operands, None
+    axis, rank = problem.axis, len(problem.shape)
+    merged = (range(problem.batch_dims), range(problem.batch_dims, axis), (axis,), range(axis + 1, rank))
+    shape = list(importance.shape)
+    for group in merged:
+        if any(shape[i] > 1 for i in group):
+            for i in group:
+                shape[i] = problem.shape[i]
+    sizes = [math.prod(shape[i] for i in group) for group in merged]
+    strides = [math.prod(sizes[i + 1 :]) if size > 1 else 0 for i, size in enumerate(sizes)]
+    return operands._replace(importance=jnp.broadcast_to(importance, shape).reshape(sizes)), tuple(strides)
+
+
+# --- the primitive: the given fields of Operands to the outputs of these names ----------------------
 
 _search_p = Primitive("nvfp4sweep")
 _search_p.multiple_results = True
 
 
 @_search_p.def_abstract_eval
-def _(weight: Any, *given: Any, problem: Problem, outputs: tuple[str, ...]) -> list[Any]:
+def _(*arrays: Any, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]) -> list[Any]:
     return [jax.core.ShapedArray(*shape_of(name, problem)) for name in outputs]
 
 
@@ -84,18 +109,22 @@ def _shapes(problem: Problem, outputs: tuple[str, ...]) -> list[jax.ShapeDtypeSt
     return [jax.ShapeDtypeStruct(*shape_of(name, problem)) for name in outputs]
 
 
-def _as_custom_calls(weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...]) -> list[Array]:
+def _as_custom_calls(
+    *arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]
+) -> list[Array]:
     """The launches of triton_launch.plan, each a function of what it reads."""
     from nvfp4sweep.triton_launch import CHECKED, plan
 
+    (weight, global_amax, importance, hessian), importance_strides = _viewed(arrays, given, problem)
     matrices, outer, length, inner = problem.view_shape
     checked = "largest" in outputs
     launches = plan(
         problem, tuple(name for name in outputs if name != "largest"),
         (outer * length * inner, length * inner, inner, 1), weight.dtype.itemsize, capability(),
-        given=bool(given), checked=checked,
+        given=global_amax is not None, checked=checked, importance_strides=importance_strides,
+        hessian_matrices=0 if hessian is None else math.prod(hessian.shape[:-3]),
     )  # fmt: skip
-    buffers = {"weight": weight, **dict(zip(["given_amax"], given, strict=False))}
+    buffers = {"weight": weight, "given_amax": global_amax, "importance": importance, "hessian": hessian}
     for launch in launches:
         buffers |= _custom_call(
             launch, buffers, {"checked": ((matrices, CHECKED), "float32")} if checked else {}
@@ -145,14 +174,16 @@ mlir.register_lowering(_search_p, mlir.lower_fun(_as_custom_calls, multiple_resu
 _interpreter = threading.Lock()  # it changes Triton's own functions while it runs
 
 
-def _as_callback(weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...]) -> Any:
-    shapes = _shapes(problem, outputs)
-    interpret = functools.partial(_interpret, problem=problem, outputs=outputs)
-    return jax.pure_callback(interpret, shapes, weight, *given)
+def _as_callback(
+    *arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]
+) -> Any:
+    operands, strides = _viewed(arrays, given, problem)
+    interpret = functools.partial(_interpret, strides=strides, problem=problem, outputs=outputs)
+    return jax.pure_callback(interpret, _shapes(problem, outputs), operands)
 
 
 def _interpret(
-    weight: Any, *given: Any, problem: Problem, outputs: tuple[str, ...]
+    operands: Operands, *, strides: Any, problem: Problem, outputs: tuple[str, ...]
 ) -> list[np.ndarray[Any, Any]]:
     import torch
 
@@ -164,14 +195,17 @@ def _interpret(
             return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(host)
 
+    weight, global_amax, importance, hessian = (x if x is None else tensor(x) for x in operands)
     checked = torch.empty(problem.view_shape[0], triton_launch.CHECKED) if "largest" in outputs else None
     with _interpreter, np.errstate(all="ignore"):  # it computes with NumPy, overflow included
         found = triton_launch.run(
-            tensor(weight).reshape(problem.view_shape),
+            weight.reshape(problem.view_shape),
             problem,
             tuple(name for name in outputs if name != "largest"),
             lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype)),
-            *map(tensor, given),
+            global_amax,
+            importance=None if importance is None else importance.as_strided(problem.view_shape, strides),
+            hessian=hessian,
             checked=checked,
         )
     if checked is not None:
