@@ -113,8 +113,6 @@ def _duel(word: Array, amax_bits: Array, form: Form, to_the_end: bool = False) -
     if to_the_end and form.sign_by_digits is not None:
         by_digits = form.sign_by_digits
         unknown = contested & ~known
-        sign = lax.cond(
-            jnp.any(unknown), lambda: jnp.where(unknown, by_digits(*scales), sign), lambda: sign
-        )
+        sign = lax.cond(jnp.any(unknown), lambda: jnp.where(unknown, by_digits(*scales), sign), lambda: sign)
         known = contested
     return jnp.where(contested & known, _words.after_duel(word, sign > 0), word)

@@ -174,9 +174,7 @@ mlir.register_lowering(_search_p, mlir.lower_fun(_as_custom_calls, multiple_resu
 _interpreter = threading.Lock()  # it changes Triton's own functions while it runs
 
 
-def _as_callback(
-    *arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]
-) -> Any:
+def _as_callback(*arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]) -> Any:
     operands, strides = _viewed(arrays, given, problem)
     interpret = functools.partial(_interpret, strides=strides, problem=problem, outputs=outputs)
     return jax.pure_callback(interpret, _shapes(problem, outputs), operands)

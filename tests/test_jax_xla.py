@@ -15,7 +15,7 @@ import nvfp4sweep_jax
 from nvfp4sweep import formats
 from nvfp4sweep.problem import make_problem
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax import _blocks, _screen, _settle, _words, _xla
+from nvfp4sweep_jax import _blocks, _screen, _squares, _words
 
 
 def check_xla(weight, **options):
@@ -141,10 +141,10 @@ def test_exact_objective_is_exact(given):
 
     @jax.jit
     def objective(weight, code, global_amax):
-        element = _blocks.reader(_blocks.block_view(weight, problem), problem)
+        squares = _squares.Squares(_blocks.reader(weight, problem), problem)
         with jax.enable_x64(True):
             scale = exact.block_scale(code, exact.widen(exact.magnitude_bits(global_amax)))
-            ((high, low),) = _settle.exact_objectives([scale], element, problem)
+            ((high, low),) = squares.pairs([scale])
             return tuple(lax.bitcast_convert_type(x, jnp.uint32) for x in (high, low))
 
     high, low = (
@@ -166,7 +166,8 @@ def test_error_is_summed_in_order_without_contraction():
     @jax.jit
     def error(weight, scale):
         with jax.enable_x64(True):
-            total = _xla._error(_blocks.block_view(weight, problem), scale.astype(jnp.float64), problem)
+            squares = _squares.Squares(_blocks.reader(weight, problem), problem)
+            total = squares.error(scale.astype(jnp.float64))
             return lax.bitcast_convert_type(total, jnp.uint32)
 
     magnitude = np.abs(weight.reshape(-1, 16).astype(np.float64))[..., None]
@@ -194,7 +195,7 @@ def test_the_screen_leaves_ties_and_seldom_more():
     def left(weight, global_amax):
         problem = make_problem(weight.shape)
         bits = exact.magnitude_bits(global_amax).reshape(1, 1)
-        words = _screen.screen(_blocks.block_view(weight, problem), bits, problem)
+        words = _screen.screen(weight, bits, problem)
         return lax.population_count(words >> 7)
 
     assert (np.asarray(left(structured("levels"), np.float32(10.5))) > 1).all()
