@@ -100,7 +100,8 @@ def plus_digits(digits: Array, h: Array, f: Factors) -> Array:
     def add(i: Array, digits: Array) -> Array:
         return _plus_one(digits, lax.dynamic_index_in_dim(stacked, i, 0, keepdims=False))
 
-    return lax.fori_loop(0, len(terms), add, digits)
+    summed: Array = lax.fori_loop(0, len(terms), add, digits)
+    return summed
 
 
 def _plus_one(digits: Array, x: Array) -> Array:

@@ -200,7 +200,7 @@ class QuadraticForm:
             sums.factors(w, point, rival)
             for w, point, rival in zip(self.signed(), self.points(scale), self.points(other), strict=True)
         ]
-        return jax.tree.map(lambda *x: jnp.stack(x), *parts)
+        return sums.Factors(*map(jnp.stack, zip(*parts, strict=True)))
 
     def error(self, scale: Array) -> Array:
         """Summed over j, then over i, in order, of products that are rounded one by one, as in the oracle."""

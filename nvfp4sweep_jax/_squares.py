@@ -36,7 +36,7 @@ class Squares:
         sign = jnp.where(exact.less(theirs, ours), 1, jnp.where(exact.less(ours, theirs), -1, 0))
         return sign, sign == sign
 
-    sign_by_digits = None
+    sign_by_digits: Callable[[Array, Array], Array] | None = None
 
     def pairs(self, scales: list[Array]) -> list[Pair]:
         """s^2 B - 2 s A at each scale (theorem 5): the error less its constant part."""

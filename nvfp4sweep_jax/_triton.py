@@ -193,7 +193,8 @@ def _interpret(
             return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(host)
 
-    weight, global_amax, importance, hessian = (x if x is None else tensor(x) for x in operands)
+    weight = tensor(operands.weight)
+    global_amax, importance, hessian = (None if x is None else tensor(x) for x in operands[1:])
     checked = torch.empty(problem.view_shape[0], triton_launch.CHECKED) if "largest" in outputs else None
     with _interpreter, np.errstate(all="ignore"):  # it computes with NumPy, overflow included
         found = triton_launch.run(
