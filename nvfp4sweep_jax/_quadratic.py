@@ -109,20 +109,10 @@ class QuadraticForm:
         return [exact.widen(exact.magnitude_bits(self.weight(i))) for i in range(self.size)]
 
     def signed(self) -> list[Array]:
-        return [
-            exact.widen_signed(exact.from_bits(exact.float32_bits(self.weight(i)))) for i in range(self.size)
-        ]
-
-    def points(self, scale: Array) -> list[Array]:
-        """q s, the nearest to w, in a tie that of the even code."""
-        inverse = exact.reciprocal(scale)
-        return [
-            jnp.where(w < 0, -scale, scale) * exact.nearest_even_e2m1(jnp.abs(w), inverse)
-            for w in self.signed()
-        ]
+        return [_signed(self.weight(i)) for i in range(self.size)]
 
     def residuals(self, scale: Array) -> list[Array]:
-        return [w - point for w, point in zip(self.signed(), self.points(scale), strict=True)]
+        return [w - _point(w, scale) for w in self.signed()]
 
     # --- for the walk over codes ---
 
@@ -195,12 +185,9 @@ class QuadraticForm:
         return sums.sign_of_digits(lax.fori_loop(0, self.size**2, add, sums.no_digits(scale)))
 
     def _factors(self, scale: Array, other: Array) -> sums.Factors:
-        """Arrays [16, ...]."""
-        parts = [
-            sums.factors(w, point, rival)
-            for w, point, rival in zip(self.signed(), self.points(scale), self.points(other), strict=True)
-        ]
-        return sums.Factors(*map(jnp.stack, zip(*parts, strict=True)))
+        """Arrays [16, ...], for few blocks: quick to compile, and held in memory."""
+        w = _signed(jnp.stack([self.weight(i) for i in range(self.size)]))
+        return sums.factors(w, _point(w, scale), _point(w, other))
 
     def error(self, scale: Array) -> Array:
         """Summed over j, then over i, in order, of products that are rounded one by one, as in the oracle."""
@@ -213,6 +200,16 @@ class QuadraticForm:
                 row += h[j] * r[j] * self.one
             total += row * r[i] * self.one
         return total
+
+
+def _signed(x: Array) -> Array:
+    return exact.widen_signed(exact.from_bits(exact.float32_bits(x)))
+
+
+def _point(w: Array, scale: Array) -> Array:
+    """q s, the nearest to w, in a tie that of the even code."""
+    point = scale * exact.nearest_even_e2m1(jnp.abs(w), exact.reciprocal(scale))
+    return jnp.where(w < 0, -point, point)
 
 
 def _at(x: Any, i: Array) -> Any:

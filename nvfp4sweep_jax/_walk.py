@@ -1,6 +1,6 @@
 """Which codes can have the least weighted error or quadratic form, in float64.
 
-The error of two codes around absmax bounds the codes that can do better, from below and above (theorems 1, 6
+The error of a few codes from absmax on bounds the codes that can do better, from below and above (theorems 1, 6
 and 10). All codes in between are tried. Errors are held as parts of a block's largest possible error, so that
 a margin is a constant, and what it cannot separate is left to _settle.py.
 
@@ -25,6 +25,9 @@ Array = jax.Array
 
 #: Powers of two whose sum reaches all codes.
 _STEPS = 7
+#: So many codes from absmax on, so far apart, bound the error of the best.
+_PROBES = 3
+_PROBE_STEP = 2
 
 
 #: Makes the error of all blocks (None), for use within a turn of a loop.
@@ -37,7 +40,7 @@ class Terms(Protocol):
     tolerance: float
     peak: Array
 
-    def ratio(self, turn: Array | None, scale: Array) -> Array: ...
+    def ratio(self, turn: Array, scale: Array) -> Array: ...
 
     def is_beaten_below(self, turn: Array, scale: Array, bound: Array) -> Array:
         """Whether this scale and all smaller ones have larger ratios than the bound."""
@@ -55,7 +58,7 @@ class Weighted:
         self.tolerance = form.tolerance
         self.peak = form.peak()
 
-    def ratio(self, turn: Array | None, scale: Array) -> Array:
+    def ratio(self, turn: Array, scale: Array) -> Array:
         form: WeightedSquares = self.form_of(None, turn)
         return form.ratio(scale, form.total())
 
@@ -78,7 +81,7 @@ class Quadratic:
         self.c, self.mu = form.bounds()
         self.peak = form.peak(self.c)
 
-    def ratio(self, turn: Array | None, scale: Array) -> Array:
+    def ratio(self, turn: Array, scale: Array) -> Array:
         form: QuadraticForm = self.form_of(None, turn)
         return form.ratio(scale, form.total(self.c))
 
@@ -100,8 +103,13 @@ def walk(terms: Terms, amax_bits: Array, problem: Problem) -> Array:
         return exact.block_scale(jnp.clip(code, 0, highest), amax)
 
     absmax = lowest + _count(lambda _, i: 6 * scale_of(lowest + i) < terms.peak, problem)
-    ratios = [terms.ratio(None, scale_of(jnp.minimum(absmax + step, highest))) for step in (0, 4)]
-    bound = jnp.minimum(*ratios) + 8 * terms.tolerance
+    infinite = jnp.full(problem.block_shape, jnp.inf)
+
+    def probe(turn: Array, least: Array) -> Array:
+        code = jnp.minimum(absmax + _PROBE_STEP * turn.astype(jnp.int32), highest)
+        return jnp.minimum(least, terms.ratio(turn, scale_of(code)))
+
+    bound = lax.fori_loop(0, _PROBES, probe, infinite) + 8 * terms.tolerance
 
     def is_out_above(turn: Array, i: Array) -> Array:
         code = highest - i
@@ -130,7 +138,6 @@ def walk(terms: Terms, amax_bits: Array, problem: Problem) -> Array:
         word = jnp.where(ratio < best - margin, _words.from_mask(code, 1), near)
         return jnp.minimum(best, ratio), word
 
-    infinite = jnp.full(problem.block_shape, jnp.inf)
     length = jnp.max(last - first, initial=0) + 1
     word: Array
     _, word = lax.fori_loop(0, length, attempt, (infinite, _words.from_mask(first, 1)))
