@@ -1,6 +1,6 @@
 """Which codes can have the least weighted error or quadratic form, in float64.
 
-The error of a few codes from absmax on bounds the codes that can do better, from below and above (theorems 1, 6
+The errors of a few codes from absmax on bound the codes that can do better, below and above (theorems 1, 6
 and 10). All codes in between are tried. Errors are held as parts of a block's largest possible error, so that
 a margin is a constant, and what it cannot separate is left to _settle.py.
 
