@@ -317,8 +317,8 @@ def test_other_errors_are_the_cores():
         ({"global_amax": -1.0}, ValueError, "global_amax is -1.0: it must be finite"),
         ({"global_amax": jnp.ones(3)}, ValueError, r"global_amax has shape \(3,\)"),
         ({"block_size": 5}, ValueError, "block_size=5 does not divide"),
-        ({"importance": weight}, NotImplementedError, "importance"),
-        ({"hessian": weight}, NotImplementedError, "hessian"),
+        ({"importance": jnp.ones(3)}, ValueError, r"importance has shape \(3,\)"),
+        ({"hessian": weight}, ValueError, r"hessian has shape \(2, 32\)"),
     ]:
         for implementation in ("cpu", "xla"):
             with pytest.raises(error, match=message):
