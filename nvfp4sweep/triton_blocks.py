@@ -86,10 +86,12 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
 
 @triton.jit
 def load_shared(pointer, N: tl.constexpr):
-    """N floats that all threads share."""
+    """N floats, an even number, that all threads share, two a load: they are 8 bytes aligned."""
     values = ()
-    for i in tl.static_range(N):
-        values = values + (tl.load(pointer + i),)
+    for i in tl.static_range(0, N, 2):
+        two = tl.load((pointer + i).to(tl.pointer_type(tl.int64), bitcast=True))
+        low, high = two.to(tl.int32), (two >> 32).to(tl.int32)
+        values = values + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
     return values
 
 

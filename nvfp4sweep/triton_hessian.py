@@ -19,13 +19,15 @@ from nvfp4sweep.triton_blocks import (
     point_thresholds,
     store_packed,
 )
-from nvfp4sweep.triton_hessian_exact import form_and_size, have_same_points, settle
+from nvfp4sweep.triton_hessian_exact import form_and_size, settle
 from nvfp4sweep.triton_hessian_tables import (
+    EXCESS,
     FLUSHED,
     FRACTION,
     HESSIAN_TABLE,
     PAIRS,
     ROW_SUMS,
+    SUM,
     UNSCALE,
     pair_index,
 )
@@ -48,12 +50,26 @@ ALL_ZERO = tl.constexpr(3.5 * 4 * (1 + 2.0**-20))
 
 @triton.jit
 def _residuals(w, rounder, scale):
-    """w - q s at one (-scale, -1 / scale), where no |w| exceeds 7 scales; q may be next to the nearest point."""
+    """w - q s at one (-scale, -1 / scale), for |w| up to 7 scales; q may be beside the nearest point."""
     residuals = ()
     for i in tl.static_range(16):
         q = rounder[i] - fma(w[i], scale[1], rounder[i])
         residuals = residuals + (fma(q, scale[0], w[i]),)
     return residuals
+
+
+@triton.jit
+def _cut_residuals(w, rounder, scale):
+    """As _residuals for any |w|: of 6 beyond 6. And those residuals, 0 there."""
+    residuals = ()
+    within = ()
+    for i in tl.static_range(16):
+        q = rounder[i] - fma(w[i], scale[1], rounder[i])
+        cut = tl.minimum(tl.maximum(q, -6.0), 6.0)
+        residual = fma(cut, scale[0], w[i])
+        residuals = residuals + (residual,)
+        within = within + (tl.where(cut == q, residual, 0.0),)
+    return residuals, within
 
 
 @triton.jit
@@ -140,13 +156,12 @@ def _keep_best(error, margin, code, best, second):
 
 
 @triton.jit
-def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, fraction, floor, best, second,
-               T: tl.constexpr):  # fmt: skip
+def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, row_sums, fraction, floor, best,
+               second, T: tl.constexpr):  # fmt: skip
     """Try three codes, normal ones, from first_code, but none beyond last_code."""
     first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE - 2)
     scales = tables + 2 * first
     rounder = shared_rounder(magnitude, tl.load(scales + 3))
-    row_sums = load_shared(hessian + ROW_SUMS, 16)
     bound = (best[0] + best[1]) * CERTIFIED
     all_residuals = ()
     sizes = ()
@@ -156,7 +171,11 @@ def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, fract
         scale = load_pair(scales + 2 * n)
         residuals = _residuals(w, rounder, scale)
         allowed = (first + n >= first_code) & (first + n <= last_code)
-        doubtful = _is_doubtful(residuals, rounder, scale[0]) | (peak > 0.0 - CLIPPING_RATIO * scale[0])
+        if any_of(allowed & (peak > 0.0 - CLIPPING_RATIO * scale[0])):
+            residuals, within = _cut_residuals(w, rounder, scale)
+            doubtful = _is_doubtful(within, rounder, scale[0])
+        else:
+            doubtful = _is_doubtful(residuals, rounder, scale[0])
         if any_of(allowed & doubtful):
             residuals = _exact_residuals(w, rounder, scale)
         size = _squares(residuals, row_sums)
@@ -175,25 +194,32 @@ def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, fract
 
 @triton.jit
 def _flat(magnitude, row_sums, negative_scale, T: tl.constexpr):
-    """What no scale up from here can save: elements that round to 0 (theorem 10)."""
+    """P of no scale up from here is less: elements keep their distance from 0 and from half a scale."""
     flat = tl.zeros_like(negative_scale)
-    sums = load_shared(row_sums, 16)
+    half = -0.5 * negative_scale
     for i in tl.static_range(16):
-        kept = tl.where(magnitude[i] * 4.0 <= 0.0 - negative_scale, magnitude[i], 0.0)
-        flat = fma(kept * kept, sums[i], flat)
+        kept = tl.minimum(magnitude[i], tl.maximum(half - magnitude[i], 0.0))
+        flat = fma(kept * kept, row_sums[i], flat)
     return flat
 
 
 @triton.jit
 def _excess(magnitude, row_sums, negative_scale, T: tl.constexpr):
-    """What no scale down from here can save: that elements exceed 6 of it."""
+    """P of no scale down from here is less: elements exceed 6 of it."""
     excess = tl.zeros_like(negative_scale)
-    sums = load_shared(row_sums, 16)
     six = excess + 6.0
     for i in tl.static_range(16):
         over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
-        excess = fma(over * over, sums[i], excess)
+        excess = fma(over * over, row_sums[i], excess)
     return excess
+
+
+@triton.jit
+def _norm(w, hessian, floor, T: tl.constexpr):
+    """(N, P0) of theorem 12."""
+    size = _squares(w, load_shared(hessian + ROW_SUMS, 16))
+    form = _forms((w,), hessian + PAIRS, T)[0]
+    return tl.sqrt(tl.maximum(form - (size * MARGIN + floor), 0.0)), size
 
 
 @triton.jit
@@ -205,8 +231,10 @@ def _opaque(hessian, turn):
 
 @triton.jit
 def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.constexpr):
-    """(error, margin, code) of the best, (least possible error, code, that of a third) of the others, and the
-    first and last code that theorem 10 leaves: the first is -1 where codes are left that were not tried."""
+    """The best, the others, the first and last code tried, and whether the first is the lowest that can win.
+
+    The best as (error, margin, code), the others as (least possible error, code, that of a third code).
+    """
     fraction = tl.maximum(tl.load(hessian + FRACTION), 0.0)
     screens = peak * tl.load(tables + SCREEN_UPPER)
     # From the first normal code up neighbouring codes may share a rounder.
@@ -218,6 +246,13 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     none = tl.full(peak.shape, MAX_CODE, tl.int32)
     best = (infinite, tl.zeros_like(peak), none)
     second = (infinite, none, infinite)
+    norm = tl.zeros_like(peak)
+    total = norm
+    nu = tl.load(hessian + EXCESS)
+    # One over S of theorem 12, rounded down.
+    per_scale = 1.0 / (CERTIFIED * 6.0 * tl.sqrt((1.0 + nu) * tl.load(hessian + SUM)))
+    if fraction == 0.0:
+        norm, total = _norm(w, hessian, floor, T)
 
     # Three codes a turn: up from `start` to a certificate, then down from there.
     falling = tl.full([], 0, tl.int32)
@@ -229,15 +264,17 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     while any_of(goes_on):
         here = _opaque(hessian, turn)
         turn += 1
+        row_sums = load_shared(here + ROW_SUMS, 16)
         first_code = tl.where(falling == 0, edge, tl.maximum(edge - 3, lowest))
         last_code = tl.where(falling == 0, top, edge - 1)
-        best, second = _try_codes(w, magnitude, peak, first_code, tl.where(goes_on, last_code, 0), tables, here,
-                                  fraction, floor, best, second, T)  # fmt: skip
+        last_code = tl.where(goes_on, last_code, 0)
+        best, second = _try_codes(w, magnitude, peak, first_code, last_code, tables, here, row_sums, fraction,
+                                  floor, best, second, T)  # fmt: skip
         bound = (best[0] + best[1]) * CERTIFIED
         edge = tl.where(goes_on, tl.where(falling == 0, edge + 3, first_code), edge)
         if falling == 0:
             next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(edge, 1), MAX_CODE))
-            flat = _flat(magnitude, here + ROW_SUMS, next_scale, T)
+            flat = _flat(magnitude, row_sums, next_scale, T)
             goes_on = goes_on & (edge <= top) & ~(fraction * flat > bound)
             if ~any_of(goes_on):
                 falling += 1
@@ -246,11 +283,12 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
                 goes_on = inside
         if falling == 1:
             next_scale = tl.load(tables + 2 * tl.maximum(edge - 1, 1))
-            excess = _excess(magnitude, here + ROW_SUMS, next_scale, T)
+            excess = _excess(magnitude, row_sums, next_scale, T)
             certified = fraction * excess > bound
+            if fraction == 0.0:
+                certified = (norm - tl.sqrt(bound + nu * total) * CERTIFIED) * per_scale > 0.0 - next_scale
             goes_on = goes_on & (edge > lowest) & ~certified
-    complete = (best[0] < float("inf")) & (certified | (edge <= min_code))
-    return best, second, tl.where(complete, edge, -1), last
+    return best, second, edge, last, certified | (edge <= min_code)
 
 
 @triton.jit
@@ -273,21 +311,35 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
     if OVERLAP:  # with tabulate, up to here
         cuda.gdc_wait()
     screened = inside & (peak < LARGEST_PEAK) & (tl.zeros_like(peak) + tl.load(tables + SCREEN_UPPER) > 0.0)
-    best, second, first, last = find_best(w, magnitude, peak, screened, tables, hessian, min_code, T)
+    best, second, first, last, complete = find_best(
+        w, magnitude, peak, screened, tables, hessian, min_code, T
+    )
     found = best[2]
     possible = best[0] + best[1]
-    many = inside & ~((first >= 0) & (second[2] > possible))
-    near = inside & ~many & (second[0] <= possible)
-    if any_of(many | near):
-        # Equal points have equal errors: a code and its double, often.
-        lower, higher = tl.minimum(found, second[1]), tl.maximum(found, second[1])
-        same = near & have_same_points(blocks, near, step, tables, lower, higher, T)
+    screened = screened & (best[0] < float("inf"))
+    near = second[0] <= possible
+    crowded = second[2] <= possible
+    undecided = inside & (near | ~complete | ~screened)
+    if any_of(undecided):
+        # What is compared exactly is one code and a range of them. All of them:
         _, last_of_all = code_window(peak, tables, min_code, MAX_CODE)  # by theorem 3, or all without bounds
-        first = tl.where(near, lower, tl.where(first >= 0, first, min_code))
-        last = tl.where(near, higher, tl.where(screened, last, last_of_all))
-        exact = settle(w, peak, blocks, (many | near) & ~same, step, tables, first,
-                       tl.where(near, last, first + 1), last, hessian, T)  # fmt: skip
-        found = tl.where(many | near, exact, found)
+        single, lower, upper = min_code, min_code + 1, tl.where(screened, last, last_of_all)
+        # Those that were tried:
+        tried = screened & complete
+        single = tl.where(tried, first, single)
+        lower = tl.where(tried, first + 1, lower)
+        # Two of those:
+        two = tried & ~crowded
+        single = tl.where(two, tl.minimum(found, second[1]), single)
+        lower = tl.where(two, tl.maximum(found, second[1]), lower)
+        upper = tl.where(two, lower, upper)
+        # The best and those that were not tried, below the normal ones:
+        rest = screened & ~complete & ~near
+        single = tl.where(rest, found, single)
+        lower = tl.where(rest, min_code, lower)
+        upper = tl.where(rest, first - 1, upper)
+        exact = settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T)
+        found = tl.where(undecided, exact, found)
 
     block = (outer * length_blocks + along) * inner + column
     out = matrix * n_rows * length_blocks + block

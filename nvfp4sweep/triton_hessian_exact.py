@@ -28,7 +28,7 @@ def _load(blocks, inside, step, i):
 
 @triton.jit
 def form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T: tl.constexpr):
-    """r^T H r, with sums over j, then over i, as in the oracle; and P of theorem 10. For the scaled Hessian."""
+    """r^T H r of the scaled Hessian, with sums over j, then over i, as in the oracle; and P of theorem 10."""
     residuals = ()
     for i in tl.static_range(16):
         residuals = residuals + (w[i].to(tl.float64) - _dequantized(w[i], scale, thresholds),)
@@ -47,7 +47,7 @@ def form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T: tl.con
 
 
 @triton.jit
-def have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr):
+def _have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr):
     """Whether two codes have equal q s for all elements."""
     thresholds = point_thresholds(tables, code, T)
     other_thresholds = point_thresholds(tables, other, T)
@@ -82,31 +82,49 @@ def _objective(blocks, inside, step, tables, code, hessian, T: tl.constexpr):
 
 
 @triton.jit
-def settle(w, peak, blocks, undecided, step, tables, first, second, last, hessian, T: tl.constexpr):
-    """The lowest code of `first` and of `second` .. `last` with the least exact error."""
+def settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T: tl.constexpr):
+    """The lowest of the codes `single` and `lower` .. `upper` with the least exact error.
+
+    They are gone through in float64, and a second time where that leaves several: these compare as pairs.
+    """
     flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
-    best = first
+    best = single
     least = tl.full([T], float("inf"), tl.float64)
-    least_margin = tl.zeros([T], tl.float64)
-    code = first
-    goes_on = undecided & (first < last)
+    possible = least  # the least that the best may be more than
+    others = least  # the least that any other may be
+    again = tl.full([], 0, tl.int32)
+    code = single
+    contested = undecided & (lower <= upper)
+    goes_on = contested
     while any_of(goes_on):
         thresholds = point_thresholds(tables, code, T)
         scale = 0.0 - tl.load(tables + 2 * code)
         error, size = form_and_size(w, blocks, goes_on, step, scale, thresholds, hessian, T)
         margin = size * MARGIN + flushed
-        wins = error + margin < least - least_margin
-        near = goes_on & ~wins & (error - margin <= least + least_margin)
-        if any_of(near):
-            near = near & ~have_same_points(blocks, near, step, tables, best, code, T)
+        if again == 0:
+            better = goes_on & (error < least)
+            beaten = tl.where(better, least - (possible - least), error - margin)
+            others = tl.where(goes_on & (beaten < others), beaten, others)
+            least = tl.where(better, error, least)
+            possible = tl.where(better, error + margin, possible)
+            best = tl.where(better, code, best)
+        else:
+            near = goes_on & (code != best) & (error - margin <= possible)
             if any_of(near):
-                high, low = _objective(blocks, near, step, tables, best, hessian, T)
-                other_high, other_low = _objective(blocks, near, step, tables, code, hessian, T)
-                wins = wins | (near & ~at_most(high, low, other_high, other_low))
-        wins = wins & goes_on
-        best = tl.where(wins, code, best)
-        least = tl.where(wins, error, least)
-        least_margin = tl.where(wins, margin, least_margin)
-        goes_on = goes_on & (code < last)
-        code = tl.where(code == first, second, code + 1)
+                same = _have_same_points(blocks, near, step, tables, best, code, T)
+                wins = same & (code < best)
+                near = near & ~same
+                if any_of(near):
+                    high, low = _objective(blocks, near, step, tables, best, hessian, T)
+                    other_high, other_low = _objective(blocks, near, step, tables, code, hessian, T)
+                    no_worse = at_most(other_high, other_low, high, low)
+                    no_better = at_most(high, low, other_high, other_low)
+                    wins = wins | (near & no_worse & (~no_better | (code < best)))
+                best = tl.where(wins, code, best)
+        goes_on = goes_on & (code < upper) | (goes_on & (code == single) & (single > upper))
+        code = tl.where(code == single, lower, code + 1)
+        if (again == 0) & ~any_of(goes_on):
+            again += 1
+            code = single
+            goes_on = contested & (others <= possible)
     return best

@@ -224,8 +224,8 @@ def _load_importances(weights, inside, step, BLOCK_SIZE: tl.constexpr, IVECTOR: 
 
 
 @triton.jit
-def _sweep_tile(blocks, weights, importances, most, tables, amax, code, error, packed, out, base, inside, step,
-                importance_step, inner, block_size, min_code, last_unhalved, lowest, relative_margin,
+def _sweep_tile(blocks, weights, importances, most, tables, amax, code, error, packed, out, base, inside,
+                step, importance_step, inner, block_size, min_code, last_unhalved, lowest, relative_margin,
                 absolute_margin, SHARED: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr,
                 INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
                 OVERLAP: tl.constexpr):  # fmt: skip
