@@ -85,7 +85,8 @@ class Reading:
         sentences: what it read.
         tokens: how many there are.
         moments: the second moments of each layer's inputs in blocks of 16, to calibrate with.
-        grams: float64 [K, K], the sum of x x^T over each layer's inputs x, to judge with.
+        grams: float32 [K, K], the sum of x x^T over each layer's inputs x, to judge with.
+        outputs: the squared norm of each layer's outputs, without bias.
         embeddings: float64 [sentences, 384].
     """
 
@@ -93,22 +94,30 @@ class Reading:
     tokens: int
     moments: dict[str, nvfp4sweep_torch.HessianAccumulator]
     grams: dict[str, Tensor]
+    outputs: dict[str, float]
     embeddings: Tensor
 
 
 def read(sentences: tuple[str, ...]) -> Reading:
     model = minilm.model()
-    grams = {}
+    sums = {}
     hooks = []
     for name, weight in linear_weights().items():
-        grams[name] = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+        sums[name] = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
         layer = model.get_submodule(name.removesuffix(".weight"))
-        hooks.append(layer.register_forward_pre_hook(_adding_to(grams[name])))
+        hooks.append(layer.register_forward_pre_hook(_adding_to(sums[name])))
     with nvfp4sweep_torch.accumulate_hessians(model) as moments:
         embeddings = embed(sentences)
     for hook in hooks:
         hook.remove()
-    return Reading(sentences, count_tokens(sentences), moments, grams, embeddings)
+    grams = {name: total.float() for name, total in sums.items()}
+    outputs = {name: output_norm(weight, grams[name]) for name, weight in linear_weights().items()}
+    return Reading(sentences, count_tokens(sentences), moments, grams, outputs, embeddings)
+
+
+def output_norm(weight: Tensor, gram: Tensor) -> float:
+    """||X W^T||^2 from X^T X, which is all that it depends on."""
+    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
 
 
 def _adding_to(gram: Tensor) -> Callable[[Any, Any], None]:

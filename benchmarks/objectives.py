@@ -27,6 +27,7 @@ from benchmarks.minilm_readings import (
     disjoint_draws,
     embed,
     linear_weights,
+    output_norm,
     read,
     replaced,
     split_text,
@@ -64,10 +65,15 @@ def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else ledger.PATH
     held_out, pool = split_text(HELD_OUT_TOKENS)
     judges = {"held_out": read(held_out), "everyday": read(minilm.SENTENCES)}
+    plain = quantized("plain", judges["held_out"])  # whatever was read
+    plain_errors = {text: output_errors(plain, reading) for text, reading in judges.items()}
     sizes = []
     for tokens in CALIBRATION_TOKENS:
         calibrations = [read(sentences) for sentences in disjoint_draws(pool, tokens, MOST_DRAWS)]
-        draws = [_against_plain(calibration, judges) for calibration in calibrations]
+        draws = []
+        for calibration in calibrations:
+            plain_errors["calibration"] = output_errors(plain, calibration)
+            draws.append(_over_plain(plain_errors, {"calibration": calibration, **judges}))
         sizes.append({"tokens": [calibration.tokens for calibration in calibrations], "draws": draws})
     largest = calibrations[0]
     entry = {
@@ -80,22 +86,21 @@ def main() -> None:
     ledger.append({**ledger.environment(ledger.processor()), **entry}, path)
 
 
-def _against_plain(calibration: Reading, judges: Mapping[str, Reading]) -> dict[str, dict[str, float]]:
-    """By objective: output errors over those of plain scales, in the geometric mean over the layers.
+def _over_plain(
+    plain_errors: Mapping[str, npt.NDArray[np.float64]], readings: Mapping[str, Reading]
+) -> dict[str, dict[str, float]]:
+    """By objective: output errors over the plain ones, in the geometric mean over the layers.
 
-    And on how many layers they are larger.
+    And on how many layers they are larger. Scales are found by readings["calibration"].
     """
-    readings = {"calibration": calibration, **judges}
-    plain = quantized("plain", calibration)
-    before = {text: output_errors(plain, reading) for text, reading in readings.items()}
     found = {}
     for objective in OBJECTIVES:
         if objective == "plain":
             continue
-        weights = quantized(objective, calibration)
-        row = {"cosine": cosines(weights, judges["held_out"])["mean"]}
+        weights = quantized(objective, readings["calibration"])
+        row = {"cosine": cosines(weights, readings["held_out"])["mean"]}
         for text, reading in readings.items():
-            ratios = output_errors(weights, reading) / before[text]
+            ratios = output_errors(weights, reading) / plain_errors[text]
             row[text] = _rounded(np.exp(np.log(ratios).mean()))
             row[f"{text}_worse"] = int((ratios > 1).sum())
         found[objective] = row
@@ -189,20 +194,9 @@ def squared_errors(weights: Weights) -> npt.NDArray[np.float64]:
 
 
 def output_errors(weights: Weights, reading: Reading) -> npt.NDArray[np.float64]:
-    """The relative squared errors of the layers' outputs, one a layer."""
-    return np.array(
-        [
-            relative_error(exact, weights[name], reading.grams[name])
-            for name, exact in linear_weights().items()
-        ]
-    )
-
-
-def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
-    """||X (W - Q)^T||^2 / ||X W^T||^2, from X^T X."""
-    weight = weight.double()
-    error, size = (((w @ gram) * w).sum() for w in (weight - changed.double(), weight))
-    return float(error / size)
+    """||X (W - Q)^T||^2 / ||X W^T||^2 of each layer."""
+    errors = {n: output_norm(w - weights[n], reading.grams[n]) for n, w in linear_weights().items()}
+    return np.array([error / reading.outputs[name] for name, error in errors.items()])
 
 
 def cosines(weights: Weights, reading: Reading) -> dict[str, float]:
