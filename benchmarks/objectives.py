@@ -63,6 +63,7 @@ OBJECTIVES: dict[str, Callable[[HessianAccumulator], dict[str, Any]]] = {
 
 def main() -> None:
     path = Path(sys.argv[1]) if len(sys.argv) > 1 else ledger.PATH
+    torch.set_num_threads(1)  # the layers are small: threads would wait for each other on a busy machine
     held_out, pool = split_text(HELD_OUT_TOKENS)
     judges = {"held_out": read(held_out), "everyday": read(minilm.SENTENCES)}
     plain = quantized("plain", judges["held_out"])  # whatever was read
