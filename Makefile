@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 # The tests run against the built wheel, from a copy outside the source tree.
 test: $(VENV)/ready lint
 	rm -rf $(RUN) && mkdir -p $(RUN)
-	cp -r tests docs README.md pyproject.toml $(RUN)
+	cp -r tests benchmarks docs README.md pyproject.toml $(RUN)
 	cd $(RUN) && ../../$(BIN)/python -m pytest tests -p no:cacheprovider
 
 lint: $(VENV)/ready
@@ -27,6 +27,7 @@ lint: $(VENV)/ready
 
 benchmark: $(VENV)/ready
 	PYTHONPATH=. $(BIN)/python -m benchmarks.cpu
+	PYTHONPATH=. $(BIN)/python -m benchmarks.objectives
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
 
 SOURCES := pyproject.toml README.md $(shell find nvfp4sweep nvfp4sweep_torch nvfp4sweep_jax -name '*.py')

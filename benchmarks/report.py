@@ -1,20 +1,23 @@
-"""docs/benchmarks.md and its plot from the ledger: nothing in them is typed by hand.
+"""docs/benchmarks.md, docs/objectives.md and their plots from the ledger: no figure in them is typed by hand.
 
 python -m benchmarks.report            write them
-python -m benchmarks.report --check    exit code 1 if the page is not what the ledger gives
+python -m benchmarks.report --check    exit code 1 if a page is not what the ledger gives
 """
 
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ledger
+from benchmarks import ledger, report_objectives
 from benchmarks.report_cuda import cuda, cuda_objectives
 from benchmarks.report_jax import jax
 from benchmarks.report_tables import CALLS, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PLOT = PAGE.with_suffix(".svg")
+OBJECTIVES_PAGE = PAGE.with_name("objectives.md")
+OBJECTIVES_PLOT = OBJECTIVES_PAGE.with_suffix(".svg")
 
 _HEAD = """# Benchmarks
 
@@ -78,17 +81,31 @@ def _draw(sizes: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     newest = {entry["benchmark"]: entry for entry in ledger.entries()}
-    text = page(newest)
+    pages = {PAGE: page(newest)}
+    plots: dict[Path, Callable[[], None]] = {}
     sizes = newest.get("cuda", {}).get("sizes")
-    if "--check" in sys.argv[1:]:
-        if PAGE.read_text() != text:
-            raise SystemExit(f"{PAGE} is not what the ledger gives")
-        if sizes and not PLOT.exists():
-            raise SystemExit(f"{PLOT} does not exist")
-        return
-    PAGE.write_text(text)
     if sizes:
-        _draw(sizes)
+        plots[PLOT] = lambda: _draw(sizes)
+    if "objectives" in newest:
+        entry = newest["objectives"]
+        pages[OBJECTIVES_PAGE] = report_objectives.page(entry, OBJECTIVES_PLOT.name)
+        plots[OBJECTIVES_PLOT] = lambda: report_objectives.draw(entry, OBJECTIVES_PLOT)
+    if "--check" in sys.argv[1:]:
+        _check(pages, plots)
+        return
+    for path, text in pages.items():
+        path.write_text(text)
+    for draw in plots.values():
+        draw()
+
+
+def _check(pages: dict[Path, str], plots: Iterable[Path]) -> None:
+    for path, text in pages.items():
+        if not path.exists() or path.read_text() != text:
+            raise SystemExit(f"{path} is not what the ledger gives")
+    for path in plots:
+        if not path.exists():
+            raise SystemExit(f"{path} does not exist")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def shape(entry: Row) -> str:
     return "x".join(map(str, entry["shape"]))
 
 
+def versions(entry: Row) -> str:
+    return ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
+
+
 def provenance(entry: Row) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in entry["versions"].items())
     machine = f"; driver {entry['cuda']['driver']}, {entry['host']}" if "host" in entry else ""
-    return f"Weight {shape(entry)}, commit {entry['commit']}, {entry['time']}; {versions}{machine}."
+    return f"Weight {shape(entry)}, commit {entry['commit']}, {entry['time']}; {versions(entry)}{machine}."

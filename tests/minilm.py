@@ -9,6 +9,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+#: The longest input, special tokens included, that the model was made for.
+MAX_TOKENS = 256
 SENTENCES = (
     "The ferry leaves at half past six, and the last passengers are still buying tickets.",
     "Water boils at a lower temperature on a mountain than at the coast.",
@@ -78,15 +80,28 @@ def model() -> Any:
 
 
 @functools.cache
-def batches() -> list[dict[str, Any]]:
-    """The sentences as arguments of the model, those of equal length together: so there is no padding."""
+def tokenizer() -> Any:
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder(), local_files_only=True)
-    by_length: dict[int, list[str]] = {}
-    for sentence in SENTENCES:
-        by_length.setdefault(len(tokenizer(sentence)["input_ids"]), []).append(sentence)
-    return [dict(tokenizer(group, return_tensors="pt")) for group in by_length.values()]
+    return transformers.AutoTokenizer.from_pretrained(folder(), local_files_only=True)
+
+
+def token_ids(sentence: str) -> list[int]:
+    """A sentence as the model reads it, cut where the model's authors cut."""
+    ids: list[int] = tokenizer()(sentence, truncation=True, max_length=MAX_TOKENS)["input_ids"]
+    return ids
+
+
+@functools.cache
+def batches(sentences: tuple[str, ...] = SENTENCES) -> list[dict[str, Any]]:
+    """The sentences as arguments of the model, those of equal length together: so there is no padding."""
+    import torch
+
+    by_length: dict[int, list[list[int]]] = {}
+    for ids in map(token_ids, sentences):
+        by_length.setdefault(len(ids), []).append(ids)
+    groups = (torch.tensor(group) for group in by_length.values())
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in groups]
 
 
 @functools.cache
