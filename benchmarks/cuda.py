@@ -155,7 +155,7 @@ def _checked_amax(w: torch.Tensor) -> None:
         asked,
         ("global_amax",),
         lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype), device=w.device),
-        checked=torch.empty(2, device=w.device),
+        checked=torch.empty(1, triton_launch.CHECKED, device=w.device),
     )
 
 

@@ -37,14 +37,16 @@ def every_block(w: torch.Tensor, global_amax: torch.Tensor) -> npt.NDArray[np.ui
     return codes
 
 
-def sample(what: str, w: torch.Tensor, global_amax: torch.Tensor, dim: int = 0, **options: Any) -> int:
+def sample(
+    what: str, w: torch.Tensor, global_amax: torch.Tensor, dim: int = 0, blocks: int = _SAMPLE, **options: Any
+) -> int:
     """The number of blocks compared, in slices spread along `dim`, across which no block lies."""
-    return slices(what, w, global_amax, _spread(w, dim), dim, **options)
+    return slices(what, w, global_amax, _spread(w, dim, blocks), dim, **options)
 
 
-def _spread(w: torch.Tensor, dim: int) -> torch.Tensor:
+def _spread(w: torch.Tensor, dim: int, blocks: int = _SAMPLE) -> torch.Tensor:
     length = w.shape[dim]
-    number = min(length, max(1, _SAMPLE * 16 * length // w.numel()))
+    number = min(length, max(1, blocks * 16 * length // w.numel()))
     return torch.linspace(0, length - 1, number, device=w.device).round().long()
 
 
@@ -52,8 +54,11 @@ def slices(
     what: str, w: torch.Tensor, global_amax: torch.Tensor, index: torch.Tensor, dim: int = 0, **options: Any
 ) -> int:
     """The number of blocks compared, in these slices along `dim`: amaxes, codes and errors."""
+    on_host: dict[str, Any] = {
+        name: _host(x) if isinstance(x, torch.Tensor) else x for name, x in options.items()
+    }
     expected = nvfp4sweep.sweep(
-        _host(w.index_select(dim, index)), global_amax=_host(global_amax), implementation="oracle", **options
+        _host(w.index_select(dim, index)), global_amax=_host(global_amax), implementation="oracle", **on_host
     )
     given: dict[str, Any] = {"global_amax": global_amax, "check_finite": False, **options}
     swept = nvfp4sweep_torch.sweep(w, **given)

@@ -32,6 +32,20 @@ def load() -> dict[str, Peer]:
     return {"modelopt_sweep": nvfp4_fp8_scale_sweep, "modelopt_reference": reference}
 
 
+def load_hessian() -> Peer | None:
+    """ModelOpt's sweep with block Hessians: (weight, global_amax, hessian) -> block amax."""
+    try:
+        from modelopt.torch.kernels.quantization.gemm import nvfp4_fp8_scale_sweep_hessian
+    except ImportError as error:
+        print(f"ModelOpt is left out: {error}", flush=True)
+        return None
+
+    def run(weight: torch.Tensor, global_amax: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+        return nvfp4_fp8_scale_sweep_hessian(weight.reshape(-1, 16), global_amax, hessian)  # type: ignore[no-any-return]
+
+    return run
+
+
 def _calibrate(
     calibrator_class: Any, fake_quantize: Any, weight: torch.Tensor, global_amax: torch.Tensor
 ) -> torch.Tensor:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ledger, report_objectives
-from benchmarks.report_cuda import cuda
+from benchmarks.report_cuda import cuda, cuda_objectives
+from benchmarks.report_jax import jax
 from benchmarks.report_tables import CALLS, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -32,6 +33,9 @@ def page(newest: dict[str, dict[str, Any]]) -> str:
     parts = [_HEAD]
     if "cuda" in newest:
         parts.append(cuda(newest["cuda"], PLOT.name))
+    if "cuda_objectives" in newest:
+        parts.append(cuda_objectives(newest["cuda_objectives"]))
+    parts += [jax(newest[name]) for name in ("jax_cuda", "jax_cpu") if name in newest]
     if "cpu" in newest:
         parts.append(_cpu(newest["cpu"]))
     return "\n".join(parts)

@@ -25,6 +25,17 @@ _HARD = {
 }
 
 
+_OBJECTIVES = {
+    "plain": "-",
+    **{f"importance_sigma_{s}": f"an importance an input, lognormal, sigma {s}" for s in range(4)},
+    "tokens_512": "a Hessian of 512 Gaussian tokens",
+    "common_0.5": "the Hessian 0.5 I + 0.5 1 1^T",
+    "common_0.9": "the Hessian 0.1 I + 0.9 1 1^T",
+    "tokens_8": "a Hessian of 8 tokens",
+    "rank_1": "the Hessian 1 1^T",
+}
+
+
 def cuda(entry: Row, plot: str) -> str:
     columns = {dtype: entry[dtype] for dtype in _DTYPES if dtype in entry}
     lines = [f"## CUDA: {entry['device']}", "", provenance(entry), "", _METHOD, ""]
@@ -36,6 +47,40 @@ def cuda(entry: Row, plot: str) -> str:
             lines += section(entry[name])
     if "sizes" in entry:
         lines += _sizes(entry["sizes"], plot)
+    return "\n".join(lines)
+
+
+def cuda_objectives(entry: Row) -> str:
+    """Sweeps with importances and Hessians, beside the plain one and ModelOpt's."""
+    columns = {dtype: entry[dtype] for dtype in _DTYPES if dtype in entry}
+    lines = [f"## CUDA, with importances and Hessians: {entry['device']}", "", provenance(entry), ""]
+    lines += [
+        "Time on the device of the sweep alone. The codes and amaxes of every block were compared with the",
+        "CPU engine's; amaxes, codes and errors of a sample with the oracle's.",
+        "",
+    ]
+    cells = {
+        text: [f"{times(c['device'][name])}, {ratio(c['device'], name, 'plain')}" for c in columns.values()]
+        for name, text in _OBJECTIVES.items()
+    }
+    head = ["with", *(f"{dtype}, ms, and times the plain one" for dtype in columns)]
+    lines += [*plain_table(head, cells), ""]
+    peers = {}
+    for dtype, column in columns.items():
+        for name, text in _OBJECTIVES.items():
+            if f"modelopt_{name}" in column["device"]:
+                against = column[f"against_modelopt_{name}"]
+                peers[f"{dtype}, {text}"] = [
+                    times(column["device"][f"modelopt_{name}"]),
+                    ratio(column["device"], f"modelopt_{name}", name),
+                    f"{against['differ']:,}",
+                    f"{against['ours_worse']:,}",
+                    f"{against['theirs_worse']:,}",
+                ]
+    if peers:
+        head = ["weight and Hessian", "ModelOpt's Hessian sweep, ms", "over ours", "blocks that differ"]
+        head += ["ours worse, in float64", "ModelOpt's worse"]
+        lines += ["ModelOpt's sweep in the same run:", "", *plain_table(head, peers), ""]
     return "\n".join(lines)
 
 

@@ -86,10 +86,12 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
 
 @triton.jit
 def load_shared(pointer, N: tl.constexpr):
-    """N floats that all threads share."""
+    """N floats, an even number, that all threads share, two a load: they are 8 bytes aligned."""
     values = ()
-    for i in tl.static_range(N):
-        values = values + (tl.load(pointer + i),)
+    for i in tl.static_range(0, N, 2):
+        two = tl.load((pointer + i).to(tl.pointer_type(tl.int64), bitcast=True))
+        low, high = two.to(tl.int32), (two >> 32).to(tl.int32)
+        values = values + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
     return values
 
 
@@ -176,26 +178,6 @@ def _packed(blocks, inside, top, step, thresholds,
             word |= (x.to(tl.int32, bitcast=True) >> (28 - 4 * i)) & _sign_bit(i)
         words = words + (word,)
     return words
-
-
-@triton.jit
-def place(tile, tiles_per_row, length_blocks, inner, LANES: tl.constexpr, T: tl.constexpr):
-    """Where a tile's blocks are: (outer, along the axis, inner), int64, of which lanes may share two.
-
-    LANES 1: a tile's blocks follow each other along the axis, 2: along `inner`, each of them a row of
-    tiles_per_row tiles. 0: they follow each other in the order [outer, length_blocks, inner].
-    """
-    lane = tl.arange(0, T).to(tl.int64)
-    if LANES == 0:
-        block = tile.to(tl.int64) * T + lane
-        row = block // inner
-        return row // length_blocks, row % length_blocks, block % inner
-    else:
-        row, column = row_and_column(tile, tiles_per_row)
-        if LANES == 1:
-            return row, column * T + lane, tl.full([], 0, tl.int64)
-        else:
-            return row // length_blocks, row % length_blocks, column * T + lane
 
 
 @triton.jit

@@ -19,13 +19,28 @@ from nvfp4sweep.triton_blocks import (
     point_thresholds,
     store_packed,
 )
-from nvfp4sweep.triton_hessian_exact import form_in_order, settle_all, settle_two
-from nvfp4sweep.triton_hessian_tables import FLUSHED, FRACTION, HESSIAN_TABLE, PAIRS, ROW_SUMS, pair_index
+from nvfp4sweep.triton_hessian_exact import form_and_size, settle
+from nvfp4sweep.triton_hessian_tables import (
+    EXCESS,
+    FLUSHED,
+    FRACTION,
+    HESSIAN_TABLE,
+    PAIRS,
+    ROW_SUMS,
+    SUM,
+    UNSCALE,
+    pair_index,
+)
 from nvfp4sweep.triton_search import code_at_least, code_window, load_pair, shared_rounder
 from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, TABLE
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT32)
 FIRST_NORMAL_CODE = tl.constexpr(proofs.FIRST_NORMAL_CODE)
+CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
+# Sums of squares times a scaled Hessian stay below float32's largest.
+LARGEST_PEAK = tl.constexpr(proofs.GREATEST_WEIGHTED_PEAK)
+# What all products that float32 flushes come to.
+UNDERFLOW = tl.constexpr(2.0**-113)
 # Covers the rounding of a certificate.
 CERTIFIED = tl.constexpr(1.0 + 2.0**-16)
 # The scale of absmax's code, and 4M, in terms of M / 3.5.
@@ -34,22 +49,55 @@ ALL_ZERO = tl.constexpr(3.5 * 4 * (1 + 2.0**-20))
 
 
 @triton.jit
-def _signed(rounder, w):
-    signed = ()
-    for i in tl.static_range(16):
-        bits = rounder[i].to(tl.int32, bitcast=True) | (w[i].to(tl.int32, bitcast=True) & -(2**31))
-        signed = signed + (bits.to(tl.float32, bitcast=True),)
-    return signed
-
-
-@triton.jit
-def _residuals(w, rounder, scale, CLIP: tl.constexpr):
-    """w - q s at one (-scale, -1 / scale)."""
+def _residuals(w, rounder, scale):
+    """w - q s at one (-scale, -1 / scale), for |w| up to 7 scales; q may be beside the nearest point."""
     residuals = ()
     for i in tl.static_range(16):
         q = rounder[i] - fma(w[i], scale[1], rounder[i])
-        if CLIP:
-            q = tl.minimum(tl.maximum(q, -6.0), 6.0)
+        residuals = residuals + (fma(q, scale[0], w[i]),)
+    return residuals
+
+
+@triton.jit
+def _cut_residuals(w, rounder, scale):
+    """As _residuals for any |w|: of 6 beyond 6. And those residuals, 0 there."""
+    residuals = ()
+    within = ()
+    for i in tl.static_range(16):
+        q = rounder[i] - fma(w[i], scale[1], rounder[i])
+        cut = tl.minimum(tl.maximum(q, -6.0), 6.0)
+        residual = fma(cut, scale[0], w[i])
+        residuals = residuals + (residual,)
+        within = within + (tl.where(cut == q, residual, 0.0),)
+    return residuals, within
+
+
+@triton.jit
+def _is_doubtful(residuals, rounder, negative_scale):
+    """Whether an element's point may not be the nearest one, or a tie: its residual reaches half a step."""
+    worst = tl.zeros_like(negative_scale)
+    for i in tl.static_range(16):
+        # From 2^22 a rounder's step is a half, and so the inverse of half a step is 4; and so on by octaves.
+        octaves = (149 << 23) - (rounder[i].to(tl.int32, bitcast=True) & 0x7F800000)
+        inverse_half_step = ((129 << 23) + octaves).to(tl.float32, bitcast=True)
+        worst = tl.maximum(worst, tl.abs(residuals[i]) * inverse_half_step)
+    return worst >= 0.0 - negative_scale
+
+
+@triton.jit
+def _exact_residuals(w, rounder, scale):
+    """As _residuals, always of the nearest point, in a tie that of the even code; of 6 beyond 6."""
+    residuals = ()
+    for i in tl.static_range(16):
+        q = rounder[i] - fma(w[i], scale[1], rounder[i])
+        residual = fma(q, scale[0], w[i])  # exact, where it is close to half a step
+        exponent = rounder[i].to(tl.int32, bitcast=True) & 0x7F800000
+        half_step = (exponent - (24 << 23)).to(tl.float32, bitcast=True)
+        distance = tl.abs(residual) + half_step * scale[0]
+        odd = ((q.to(tl.int32, bitcast=True) & 0x400000) != 0) | (tl.abs(q) == 0.5)
+        step = tl.where(residual < 0.0, -2.0, 2.0) * half_step
+        q = tl.where((distance > 0.0) | ((distance == 0.0) & odd), q + step, q)
+        q = tl.minimum(tl.maximum(q, -6.0), 6.0)
         residuals = residuals + (fma(q, scale[0], w[i]),)
     return residuals
 
@@ -63,18 +111,6 @@ def _squares(residuals, row_sums):
         even = fma(residuals[i] * residuals[i], row_sums[i], even)
         odd = fma(residuals[i + 1] * residuals[i + 1], row_sums[i + 1], odd)
     return even + odd
-
-
-@triton.jit
-def _is_doubtful(residuals, rounder, negative_scale):
-    """Whether an element's point may not be the nearest one, or a tie: its residual reaches half a step."""
-    worst = tl.zeros_like(negative_scale)
-    for i in tl.static_range(16):
-        # From 2^22 a rounder's step is a half, and so the inverse of half a step is 4; and so on by octaves.
-        octaves = (149 << 23) - (rounder[i].to(tl.int32, bitcast=True) & 0x7F800000)
-        inverse_half_step = ((129 << 23) + octaves).to(tl.float32, bitcast=True)
-        worst = tl.maximum(worst, tl.abs(residuals[i]) * inverse_half_step)
-    return worst >= 0.0 - negative_scale
 
 
 @triton.jit
@@ -101,10 +137,10 @@ def _forms(residuals, pairs, T: tl.constexpr):
 
 
 @triton.jit
-def _keep_best(error, margin, lowest, code, best, second):
+def _keep_best(error, margin, code, best, second):
     """The best (error, margin, code), and the second (least possible error, code, that of any third)."""
     better = error < best[0]
-    beaten = tl.where(better, best[0] - best[1], lowest)
+    beaten = tl.where(better, best[0] - best[1], error - margin)
     beaten_code = tl.where(better, best[2], code)
     second = (
         tl.minimum(beaten, second[0]),
@@ -120,63 +156,70 @@ def _keep_best(error, margin, lowest, code, best, second):
 
 
 @triton.jit
-def _try_codes(w, magnitude, first_code, last_allowed, tables, hessian, fraction, floor, best, second,
-               N: tl.constexpr, CLIP: tl.constexpr, T: tl.constexpr):  # fmt: skip
-    """Try N codes from first_code, up to last_allowed. They share a rounder, made for the second of three."""
-    first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE + 1 - N)
+def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, row_sums, fraction, floor, best,
+               second, T: tl.constexpr):  # fmt: skip
+    """Try three codes, normal ones, from first_code, but none beyond last_code."""
+    first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE - 2)
     scales = tables + 2 * first
-    rounder = _signed(shared_rounder(magnitude, tl.load(scales + 2 * (N // 2) + 1)), w)
-    row_sums = load_shared(hessian + ROW_SUMS, 16)
+    rounder = shared_rounder(magnitude, tl.load(scales + 3))
     bound = (best[0] + best[1]) * CERTIFIED
-    residuals = ()
+    all_residuals = ()
     sizes = ()
     wanted = ()
     any_wanted = first < 0
-    for n in tl.static_range(N):
-        residual = _residuals(w, rounder, load_pair(scales + 2 * n), CLIP)
-        size = _squares(residual, row_sums)
-        want = (first + n >= first_code) & (first + n <= last_allowed) & ~(fraction * size > bound)
+    for n in tl.static_range(3):
+        scale = load_pair(scales + 2 * n)
+        residuals = _residuals(w, rounder, scale)
+        allowed = (first + n >= first_code) & (first + n <= last_code)
+        if any_of(allowed & (peak > 0.0 - CLIPPING_RATIO * scale[0])):
+            residuals, within = _cut_residuals(w, rounder, scale)
+            doubtful = _is_doubtful(within, rounder, scale[0])
+        else:
+            doubtful = _is_doubtful(residuals, rounder, scale[0])
+        if any_of(allowed & doubtful):
+            residuals = _exact_residuals(w, rounder, scale)
+        size = _squares(residuals, row_sums)
+        want = allowed & ~(fraction * size > bound)
         any_wanted = any_wanted | want
-        residuals = residuals + (residual,)
+        all_residuals = all_residuals + (residuals,)
         sizes = sizes + (size,)
         wanted = wanted + (want,)
     if any_of(any_wanted):
-        errors = _forms(residuals, hessian + PAIRS, T)
-        for n in tl.static_range(N):
-            scale = load_pair(scales + 2 * n)
-            uncut = residuals[n]
-            if CLIP:  # a residual that is cut says nothing about the point
-                uncut = _residuals(w, rounder, scale, False)
-            doubtful = wanted[n] & _is_doubtful(uncut, rounder, scale[0])
-            # A doubtful error may be any: such a code is never the best, but a rival of it.
-            error = tl.where(wanted[n] & ~doubtful, errors[n], float("inf"))
-            margin = tl.where(doubtful, float("inf"), sizes[n] * MARGIN + floor)
-            lowest = tl.where(doubtful, -float("inf"), error - margin)
-            best, second = _keep_best(error, margin, lowest, first + n, best, second)
+        errors = _forms(all_residuals, hessian + PAIRS, T)
+        for n in tl.static_range(3):
+            error = tl.where(wanted[n], errors[n], float("inf"))
+            best, second = _keep_best(error, sizes[n] * MARGIN + floor, first + n, best, second)
     return best, second
 
 
 @triton.jit
 def _flat(magnitude, row_sums, negative_scale, T: tl.constexpr):
-    """What no scale up from here can save: elements that round to 0 (theorem 10)."""
+    """P of no scale up from here is less: elements keep their distance from 0 and from half a scale."""
     flat = tl.zeros_like(negative_scale)
-    sums = load_shared(row_sums, 16)
+    half = -0.5 * negative_scale
     for i in tl.static_range(16):
-        kept = tl.where(magnitude[i] * 4.0 <= 0.0 - negative_scale, magnitude[i], 0.0)
-        flat = fma(kept * kept, sums[i], flat)
+        kept = tl.minimum(magnitude[i], tl.maximum(half - magnitude[i], 0.0))
+        flat = fma(kept * kept, row_sums[i], flat)
     return flat
 
 
 @triton.jit
 def _excess(magnitude, row_sums, negative_scale, T: tl.constexpr):
-    """What no scale down from here can save: that elements exceed 6 of it."""
+    """P of no scale down from here is less: elements exceed 6 of it."""
     excess = tl.zeros_like(negative_scale)
-    sums = load_shared(row_sums, 16)
     six = excess + 6.0
     for i in tl.static_range(16):
         over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
-        excess = fma(over * over, sums[i], excess)
+        excess = fma(over * over, row_sums[i], excess)
     return excess
+
+
+@triton.jit
+def _norm(w, hessian, floor, T: tl.constexpr):
+    """(N, P0) of theorem 12."""
+    size = _squares(w, load_shared(hessian + ROW_SUMS, 16))
+    form = _forms((w,), hessian + PAIRS, T)[0]
+    return tl.sqrt(tl.maximum(form - (size * MARGIN + floor), 0.0)), size
 
 
 @triton.jit
@@ -188,46 +231,64 @@ def _opaque(hessian, turn):
 
 @triton.jit
 def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.constexpr):
-    """(error, margin, code) of the best, and (least possible error, code, that of a third) of the others."""
+    """The best, the others, the first and last code tried, and whether the first is the lowest that can win.
+
+    The best as (error, margin, code), the others as (least possible error, code, that of a third code).
+    """
     fraction = tl.maximum(tl.load(hessian + FRACTION), 0.0)
     screens = peak * tl.load(tables + SCREEN_UPPER)
     # From the first normal code up neighbouring codes may share a rounder.
-    start = tl.maximum(tl.maximum(code_at_least(screens * ABSMAX), FIRST_NORMAL_CODE), min_code)
+    lowest = tl.maximum(min_code, FIRST_NORMAL_CODE)
+    start = tl.maximum(tl.minimum(code_at_least(screens * ABSMAX), MAX_CODE + 1) - 3, lowest)
     top = tl.minimum(tl.maximum(code_at_least(screens * ALL_ZERO), min_code), MAX_CODE)
-    floor = peak * peak * FLUSHED
+    floor = peak * peak * FLUSHED + UNDERFLOW
     infinite = tl.full(peak.shape, float("inf"), tl.float32)
     none = tl.full(peak.shape, MAX_CODE, tl.int32)
     best = (infinite, tl.zeros_like(peak), none)
     second = (infinite, none, infinite)
+    norm = tl.zeros_like(peak)
+    total = norm
+    nu = tl.load(hessian + EXCESS)
+    # One over S of theorem 12, rounded down.
+    per_scale = 1.0 / (CERTIFIED * 6.0 * tl.sqrt((1.0 + nu) * tl.load(hessian + SUM)))
+    if fraction == 0.0:
+        norm, total = _norm(w, hessian, floor, T)
 
-    up = start
-    goes_on = inside & (up <= top)
-    turn = tl.full([], 0, tl.int32)
+    # Three codes a turn: up from `start` to a certificate, then down from there.
+    falling = tl.full([], 0, tl.int32)
+    turn = falling
+    edge = start  # the first code beyond those tried, in the first half; then the last one tried
+    last = top
+    certified = start < 0
+    goes_on = inside & (start <= top)
     while any_of(goes_on):
         here = _opaque(hessian, turn)
         turn += 1
-        last_allowed = tl.where(goes_on, top, 0)
-        best, second = _try_codes(w, magnitude, up, last_allowed, tables, here, fraction, floor, best, second,
-                                  3, False, T)  # fmt: skip
-        up += 3
-        next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(up, 1), MAX_CODE))
-        flat = _flat(magnitude, here + ROW_SUMS, next_scale, T)
-        goes_on = goes_on & (up <= top) & ~(fraction * flat > (best[0] + best[1]) * CERTIFIED)
-
-    down = tl.minimum(start, MAX_CODE + 1)  # all codes from here up are dealt with
-    excess = _excess(magnitude, hessian + ROW_SUMS, tl.load(tables + 2 * tl.maximum(down - 1, 1)), T)
-    goes_on = inside & (down > min_code) & ~(fraction * excess > (best[0] + best[1]) * CERTIFIED)
-    while any_of(goes_on):
-        here = _opaque(hessian, turn)
-        turn += 1
-        down = tl.where(goes_on, down - 1, down)
-        last_allowed = tl.where(goes_on, MAX_CODE, 0)
-        best, second = _try_codes(w, magnitude, down, last_allowed, tables, here, fraction, floor, best,
-                                  second, 1, True, T)  # fmt: skip
-        excess = _excess(magnitude, here + ROW_SUMS, tl.load(tables + 2 * tl.maximum(down - 1, 1)), T)
-        goes_on = goes_on & (down > min_code)
-        goes_on = goes_on & ~(fraction * excess > (best[0] + best[1]) * CERTIFIED)
-    return best, second
+        row_sums = load_shared(here + ROW_SUMS, 16)
+        first_code = tl.where(falling == 0, edge, tl.maximum(edge - 3, lowest))
+        last_code = tl.where(falling == 0, top, edge - 1)
+        last_code = tl.where(goes_on, last_code, 0)
+        best, second = _try_codes(w, magnitude, peak, first_code, last_code, tables, here, row_sums, fraction,
+                                  floor, best, second, T)  # fmt: skip
+        bound = (best[0] + best[1]) * CERTIFIED
+        edge = tl.where(goes_on, tl.where(falling == 0, edge + 3, first_code), edge)
+        if falling == 0:
+            next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(edge, 1), MAX_CODE))
+            flat = _flat(magnitude, row_sums, next_scale, T)
+            goes_on = goes_on & (edge <= top) & ~(fraction * flat > bound)
+            if ~any_of(goes_on):
+                falling += 1
+                last = tl.minimum(edge - 1, top)
+                edge = start
+                goes_on = inside
+        if falling == 1:
+            next_scale = tl.load(tables + 2 * tl.maximum(edge - 1, 1))
+            excess = _excess(magnitude, row_sums, next_scale, T)
+            certified = fraction * excess > bound
+            if fraction == 0.0:
+                certified = (norm - tl.sqrt(bound + nu * total) * CERTIFIED) * per_scale > 0.0 - next_scale
+            goes_on = goes_on & (edge > lowest) & ~certified
+    return best, second, edge, last, certified | (edge <= min_code)
 
 
 @triton.jit
@@ -249,21 +310,36 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
     peak = largest_of(magnitude, 0, 16)
     if OVERLAP:  # with tabulate, up to here
         cuda.gdc_wait()
-    screened = inside & (tl.zeros_like(peak) + tl.load(tables + SCREEN_UPPER) > 0.0)
-    best, second = find_best(w, magnitude, peak, screened, tables, hessian, min_code, T)
+    screened = inside & (peak < LARGEST_PEAK) & (tl.zeros_like(peak) + tl.load(tables + SCREEN_UPPER) > 0.0)
+    best, second, first, last, complete = find_best(
+        w, magnitude, peak, screened, tables, hessian, min_code, T
+    )
     found = best[2]
     possible = best[0] + best[1]
-    undecided = inside & ~((best[0] < float("inf")) & (second[2] > possible))
-    near = inside & ~undecided & (second[0] <= possible)
-    if any_of(near):
-        winner = settle_two(w, peak, blocks, near, step, tables, found, second[1], hessian, T)
-        found = tl.where(near, winner, found)
+    screened = screened & (best[0] < float("inf"))
+    near = second[0] <= possible
+    crowded = second[2] <= possible
+    undecided = inside & (near | ~complete | ~screened)
     if any_of(undecided):
-        # Theorem 3, and what to do without a global amax, hold for any sum of residuals.
-        _, last = code_window(peak, tables, min_code, MAX_CODE)
-        alone = last == min_code
-        exact = settle_all(peak, blocks, undecided & ~alone, step, tables, min_code, MAX_CODE, hessian, T)
-        found = tl.where(undecided, tl.where(alone, min_code, exact), found)
+        # What is compared exactly is one code and a range of them. All of them:
+        _, last_of_all = code_window(peak, tables, min_code, MAX_CODE)  # by theorem 3, or all without bounds
+        single, lower, upper = min_code, min_code + 1, tl.where(screened, last, last_of_all)
+        # Those that were tried:
+        tried = screened & complete
+        single = tl.where(tried, first, single)
+        lower = tl.where(tried, first + 1, lower)
+        # Two of those:
+        two = tried & ~crowded
+        single = tl.where(two, tl.minimum(found, second[1]), single)
+        lower = tl.where(two, tl.maximum(found, second[1]), lower)
+        upper = tl.where(two, lower, upper)
+        # The best and those that were not tried, below the normal ones:
+        rest = screened & ~complete & ~near
+        single = tl.where(rest, found, single)
+        lower = tl.where(rest, min_code, lower)
+        upper = tl.where(rest, first - 1, upper)
+        exact = settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T)
+        found = tl.where(undecided, exact, found)
 
     block = (outer * length_blocks + along) * inner + column
     out = matrix * n_rows * length_blocks + block
@@ -275,7 +351,9 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
         scale = 0.0 - tl.load(tables + 2 * found)
         thresholds = point_thresholds(tables, found, T)
         if error is not None:
-            tl.store(error + out, form_in_order(w, scale, thresholds, hessian), mask=inside)
+            total, _ = form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T)
+            unscale = tl.load(hessian.to(tl.pointer_type(tl.float64), bitcast=True) + UNSCALE // 2)
+            tl.store(error + out, (total * unscale).to(tl.float32), mask=inside)
         if packed is not None:
             base = ((outer * length_blocks + along) * inner + matrix * n_rows * length_blocks) * 8 + column
             store_packed(packed, base, inner, blocks, inside, step, thresholds, VECTOR, INNER, 16,

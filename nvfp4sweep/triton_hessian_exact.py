@@ -1,4 +1,7 @@
-"""CUDA: quadratic forms in float64 and in pairs of it, for codes that float32 cannot tell apart."""
+"""CUDA: quadratic forms in float64 and in pairs of it, for codes that float32 cannot tell apart.
+
+Such code seldom runs: much of it takes an element at a time, and so is quick to compile.
+"""
 
 import triton
 import triton.language as tl
@@ -6,7 +9,7 @@ import triton.language as tl
 from nvfp4sweep import window as proofs
 from nvfp4sweep.triton_arithmetic import add_pairs, at_most, two_product
 from nvfp4sweep.triton_blocks import any_of, nearest_point, point_thresholds
-from nvfp4sweep.triton_hessian_tables import FLUSHED, PAIRS, ROW_SUMS
+from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT64)
 
@@ -19,131 +22,109 @@ def _dequantized(w, scale, thresholds):
 
 
 @triton.jit
-def form_in_order(w, scale, thresholds, hessian):
-    """r^T H r with sums over j, then over i, as the oracle does."""
+def _load(blocks, inside, step, i):
+    return tl.load(blocks + i * step, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T: tl.constexpr):
+    """r^T H r of the scaled Hessian, with sums over j, then over i, as in the oracle; and P of theorem 10."""
     residuals = ()
     for i in tl.static_range(16):
         residuals = residuals + (w[i].to(tl.float64) - _dequantized(w[i], scale, thresholds),)
-    total = tl.zeros_like(residuals[0])
-    for i in tl.static_range(16):
-        row = tl.zeros_like(total)
+    h = hessian.to(tl.pointer_type(tl.float64), bitcast=True)
+    total = tl.zeros([T], tl.float64)
+    size = total
+    for i in range(16):
+        row = tl.zeros([T], tl.float64)
         for j in tl.static_range(16):
-            row += tl.load(hessian + 16 * i + j).to(tl.float64) * residuals[j]
-        total += row * residuals[i]
-    return total.to(tl.float32)
+            row += tl.load(h + 16 * i + j) * residuals[j]
+        w_i = _load(blocks, inside, step, i)
+        residual = w_i.to(tl.float64) - _dequantized(w_i, scale, thresholds)
+        total += row * residual
+        size += tl.load(hessian + ROW_SUMS + i).to(tl.float64) * (residual * residual)
+    return total, size
+
+
+@triton.jit
+def _have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr):
+    """Whether two codes have equal q s for all elements."""
+    thresholds = point_thresholds(tables, code, T)
+    other_thresholds = point_thresholds(tables, other, T)
+    scale = 0.0 - tl.load(tables + 2 * code)
+    other_scale = 0.0 - tl.load(tables + 2 * other)
+    same = inside
+    for i in range(16):
+        w_i = _load(blocks, inside, step, i)
+        same = same & (
+            _dequantized(w_i, scale, thresholds) == _dequantized(w_i, other_scale, other_thresholds)
+        )
+    return same
 
 
 @triton.jit
 def _objective(blocks, inside, step, tables, code, hessian, T: tl.constexpr):
-    """sum H_ij p_i (p_j - 2 w_j), p = q s: the error less its constant part, as a pair (theorem 11).
-
-    One element at a time, as all that follows: such code seldom runs, and is quick to compile.
-    """
+    """sum H_ij p_i (p_j - 2 w_j), p = q s: the error less its constant part, as a pair (theorem 11)."""
     thresholds = point_thresholds(tables, code, T)
     scale = 0.0 - tl.load(tables + 2 * code)
+    h = hessian.to(tl.pointer_type(tl.float64), bitcast=True)
     high = tl.zeros([T], tl.float64)
     low = high
     for i in range(16):
-        w_i = tl.load(blocks + i * step, mask=inside, other=0.0).to(tl.float32)
-        p_i = _dequantized(w_i, scale, thresholds)
+        p_i = _dequantized(_load(blocks, inside, step, i), scale, thresholds)
         for j in range(16):
-            w_j = tl.load(blocks + j * step, mask=inside, other=0.0).to(tl.float32)
+            w_j = _load(blocks, inside, step, j)
             p_j = _dequantized(w_j, scale, thresholds)
-            h = tl.load(hessian + 16 * i + j).to(tl.float64)
-            term, rest = two_product(h * p_i, p_j - 2.0 * w_j.to(tl.float64))
+            h_ij = tl.load(h + 16 * i + j)
+            term, rest = two_product(h_ij * p_i, p_j - 2.0 * w_j.to(tl.float64))
             high, low = add_pairs(high, low, term, rest)
     return high, low
 
 
 @triton.jit
-def _better_as_pairs(blocks, inside, step, tables, lower, higher, hessian, T: tl.constexpr):
-    """Whether the lower of two codes is the better, or as good."""
-    high, low = _objective(blocks, inside, step, tables, lower, hessian, T)
-    other_high, other_low = _objective(blocks, inside, step, tables, higher, hessian, T)
-    return at_most(high, low, other_high, other_low)
+def settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T: tl.constexpr):
+    """The lowest of the codes `single` and `lower` .. `upper` with the least exact error.
 
-
-@triton.jit
-def settle_two(w, peak, blocks, near, step, tables, first, second, hessian, T: tl.constexpr):
-    """The better of two codes; the lower one in a tie."""
-    lower = tl.minimum(first, second)
-    higher = tl.maximum(first, second)
-    low_thresholds = point_thresholds(tables, lower, T)
-    high_thresholds = point_thresholds(tables, higher, T)
-    low_scale = 0.0 - tl.load(tables + 2 * lower)
-    high_scale = 0.0 - tl.load(tables + 2 * higher)
-    residuals = ()
-    others = ()
-    same = near
-    for i in tl.static_range(16):
-        p = _dequantized(w[i], low_scale, low_thresholds)
-        other = _dequantized(w[i], high_scale, high_thresholds)
-        same = same & (p == other)
-        residuals = residuals + (w[i].to(tl.float64) - p,)
-        others = others + (w[i].to(tl.float64) - other,)
-    difference = tl.zeros([T], tl.float64)
-    size = peak.to(tl.float64) * peak.to(tl.float64) * (FLUSHED / MARGIN)
-    for i in tl.static_range(16):
-        start = hessian + PAIRS + i * 16 - i * (i - 1) // 2
-        row = tl.zeros([T], tl.float64)
-        other_row = row
-        for j in tl.static_range(i, 16):
-            h = tl.load(start + j - i).to(tl.float64)
-            row += h * residuals[j]
-            other_row += h * others[j]
-        difference += row * residuals[i]
-        difference -= other_row * others[i]
-        row_sum = tl.load(hessian + ROW_SUMS + i).to(tl.float64)
-        size += row_sum * (residuals[i] * residuals[i] + others[i] * others[i])
-    lower_wins = same | (difference < 0.0)
-    unclear = near & ~same & (tl.abs(difference) <= size * (2.0 * MARGIN))
-    if any_of(unclear):
-        as_pairs = _better_as_pairs(blocks, unclear, step, tables, lower, higher, hessian, T)
-        lower_wins = tl.where(unclear, as_pairs, lower_wins)
-    return tl.where(lower_wins, lower, higher)
-
-
-@triton.jit
-def _form_and_size(blocks, inside, step, tables, code, hessian, T: tl.constexpr):
-    """r^T H r and P of theorem 10 in float64, for the scaled Hessian."""
-    thresholds = point_thresholds(tables, code, T)
-    scale = 0.0 - tl.load(tables + 2 * code)
-    total = tl.zeros([T], tl.float64)
-    size = total
-    for i in range(16):
-        w_i = tl.load(blocks + i * step, mask=inside, other=0.0).to(tl.float32)
-        r_i = w_i.to(tl.float64) - _dequantized(w_i, scale, thresholds)
-        start = hessian + PAIRS + i * 16 - i * (i - 1) // 2
-        row = tl.load(start).to(tl.float64) * r_i
-        for j in range(i + 1, 16):
-            w_j = tl.load(blocks + j * step, mask=inside, other=0.0).to(tl.float32)
-            r_j = w_j.to(tl.float64) - _dequantized(w_j, scale, thresholds)
-            row += tl.load(start + j - i).to(tl.float64) * r_j
-        total += row * r_i
-        size += tl.load(hessian + ROW_SUMS + i).to(tl.float64) * (r_i * r_i)
-    return total, size
-
-
-@triton.jit
-def settle_all(peak, blocks, undecided, step, tables, first, last, hessian, T: tl.constexpr):
-    """The lowest code of first .. last with the least exact error."""
+    They are gone through in float64, and a second time where that leaves several: these compare as pairs.
+    """
     flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
-    best = tl.zeros([T], tl.int32) + first
+    best = single
     least = tl.full([T], float("inf"), tl.float64)
-    least_margin = tl.zeros([T], tl.float64)
-    code = best
-    goes_on = undecided
+    possible = least  # the least that the best may be more than
+    others = least  # the least that any other may be
+    again = tl.full([], 0, tl.int32)
+    code = single
+    contested = undecided & (lower <= upper)
+    goes_on = contested
     while any_of(goes_on):
-        error, size = _form_and_size(blocks, goes_on, step, tables, code, hessian, T)
+        thresholds = point_thresholds(tables, code, T)
+        scale = 0.0 - tl.load(tables + 2 * code)
+        error, size = form_and_size(w, blocks, goes_on, step, scale, thresholds, hessian, T)
         margin = size * MARGIN + flushed
-        wins = error + margin < least - least_margin
-        near = goes_on & ~wins & (error - margin <= least + least_margin)
-        if any_of(near):
-            wins = wins | (near & ~_better_as_pairs(blocks, near, step, tables, best, code, hessian, T))
-        wins = wins & goes_on
-        best = tl.where(wins, code, best)
-        least = tl.where(wins, error, least)
-        least_margin = tl.where(wins, margin, least_margin)
-        goes_on = goes_on & (code < last)
-        code = tl.where(goes_on, code + 1, code)
+        if again == 0:
+            better = goes_on & (error < least)
+            beaten = tl.where(better, least - (possible - least), error - margin)
+            others = tl.where(goes_on & (beaten < others), beaten, others)
+            least = tl.where(better, error, least)
+            possible = tl.where(better, error + margin, possible)
+            best = tl.where(better, code, best)
+        else:
+            near = goes_on & (code != best) & (error - margin <= possible)
+            if any_of(near):
+                same = _have_same_points(blocks, near, step, tables, best, code, T)
+                wins = same & (code < best)
+                near = near & ~same
+                if any_of(near):
+                    high, low = _objective(blocks, near, step, tables, best, hessian, T)
+                    other_high, other_low = _objective(blocks, near, step, tables, code, hessian, T)
+                    no_worse = at_most(other_high, other_low, high, low)
+                    no_better = at_most(high, low, other_high, other_low)
+                    wins = wins | (near & no_worse & (~no_better | (code < best)))
+                best = tl.where(wins, code, best)
+        goes_on = goes_on & (code < upper) | (goes_on & (code == single) & (single > upper))
+        code = tl.where(code == single, lower, code + 1)
+        if (again == 0) & ~any_of(goes_on):
+            again += 1
+            code = single
+            goes_on = contested & (others <= possible)
     return best

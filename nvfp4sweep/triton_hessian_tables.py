@@ -7,12 +7,15 @@ from triton.language.extra import cuda
 from nvfp4sweep import window as proofs
 from nvfp4sweep.triton_tables import BAD_HESSIAN, ZERO_HESSIAN
 
-# float32: the Hessian (symmetric, the identity where it is zero), row by row; then, scaled by a power of two
-# to a largest element in [1, 2), its upper triangle, row by row, with twice what is off the diagonal; c and
-# mu of theorem 10 for that.
-PAIRS = tl.constexpr(256)
+# In floats. The Hessian (symmetric, the identity where it is zero) scaled by a power of two to a largest
+# element in [1, 2): in float64 row by row; then in float32 its upper triangle, row by row, with twice what is
+# off the diagonal; c and mu of theorem 10; sum c and nu of theorem 12; what the Hessian was divided by.
+PAIRS = tl.constexpr(512)
 ROW_SUMS = tl.constexpr(PAIRS.value + 144)
 FRACTION = tl.constexpr(ROW_SUMS.value + 16)
+SUM = tl.constexpr(FRACTION.value + 1)
+EXCESS = tl.constexpr(FRACTION.value + 2)
+UNSCALE = tl.constexpr(FRACTION.value + 4)  # a float64
 HESSIAN_TABLE = tl.constexpr(FRACTION.value + 8)
 
 # Of the square of a block's largest element: what products and elements of a scaled Hessian that are flushed
@@ -23,6 +26,8 @@ TOLERANCE = tl.constexpr(proofs.HESSIAN_TOLERANCE)
 # Where all pivots of a matrix with elements up to 1 are larger it is positive definite, within less.
 LEAST_PIVOT = tl.constexpr(1e-13)
 DEFINITE_WITHIN = tl.constexpr(1e-12)
+# nu, where there is no mu: a Hessian of few tokens is singular but for rounding. Infinite where that fails.
+NEGLIGIBLE = tl.constexpr(2.0**-16)
 # mu is sought among 2^(-k / 4) for k below this.
 FRACTIONS = tl.constexpr(64)
 
@@ -49,7 +54,7 @@ def _is_definite(a, row, column):
 
 @triton.jit
 def _fraction(scaled, sums, row, column):
-    """The largest mu of those tried such that H - mu diag(c) is positive semidefinite; 0 if there is none."""
+    """(the largest mu of those tried such that H - mu diag(c) is positive semidefinite, or 0; nu)."""
     free = sums == 0.0
     root = tl.sqrt(tl.where(free, 1.0, sums).to(tl.float64))
     unit = scaled / (root[:, None] * tl.sqrt(tl.where(free, 1.0, sums).to(tl.float64))[None, :])
@@ -65,7 +70,12 @@ def _fraction(scaled, sums, row, column):
         high = tl.where(searching & definite, k, high)
         low = tl.where(searching & ~definite, k + 1, low)
     mu = tl.exp2(low.to(tl.float32) * -0.25).to(tl.float64) * (1.0 - DEFINITE_WITHIN)
-    return tl.where(low < FRACTIONS, mu.to(tl.float32) * (1.0 - 2.0**-20), 0.0)
+    fraction = tl.where(low < FRACTIONS, mu.to(tl.float32) * (1.0 - 2.0**-20), 0.0)
+    excess = 0.0 * fraction
+    if fraction == 0.0:
+        nearly = _is_definite(unit + tl.where(diagonal, 0.5 * NEGLIGIBLE, 0.0), row, column) != 0
+        excess = tl.where(nearly, NEGLIGIBLE, float("inf"))
+    return fraction, excess
 
 
 @triton.jit
@@ -89,23 +99,27 @@ def prepare(hessian, hessian_tables, hessian_status, OVERLAP: tl.constexpr):
 
     largest = tl.max(tl.max(tl.abs(mean.to(tl.float64)), axis=1), axis=0)
     exponent = largest.to(tl.int64, bitcast=True) >> 52  # biased, of a normal float64
-    unscale = ((2046 - exponent) << 52).to(tl.float64, bitcast=True)
-    scaled = mean.to(tl.float64) * unscale
+    power = (exponent << 52).to(tl.float64, bitcast=True)
+    scaled = mean.to(tl.float64) / power
     in_float32 = scaled.to(tl.float32)
     exact_sums = tl.sum(tl.abs(scaled), axis=1)
     sums = (exact_sums * (1.0 + 2.0**-22)).to(tl.float32)
-    fraction = _fraction(scaled, sums, row, column)
+    fraction, excess = _fraction(scaled, sums, row, column)
     definite = fraction > 0.0
     if fraction == 0.0:
         shifted = scaled / 2.0 + tl.where(row == column, TOLERANCE, 0.0)
         definite = _is_definite(shifted, row, column) != 0
 
     table = hessian_tables + index * HESSIAN_TABLE
-    tl.store(table + row * 16 + column, mean)
+    in_float64 = table.to(tl.pointer_type(tl.float64), bitcast=True)
+    tl.store(in_float64 + row * 16 + column, scaled)
     pair = row * 16 - row * (row - 1) // 2 + column - row
     tl.store(table + PAIRS + pair, tl.where(row == column, in_float32, 2.0 * in_float32), mask=column >= row)
     tl.store(table + ROW_SUMS + tl.arange(0, 16), sums)
     tl.store(table + FRACTION, fraction)
+    tl.store(table + SUM, tl.sum(sums, axis=0) * (1.0 + 2.0**-20))
+    tl.store(table + EXCESS, excess)
+    tl.store(in_float64 + UNSCALE // 2, power)
     if hessian_status is not None:
         good = (finite == 1) & (symmetric == 1) & definite
         status = tl.where(good, tl.where(zero, ZERO_HESSIAN, 0.0), BAD_HESSIAN)

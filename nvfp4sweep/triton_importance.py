@@ -16,35 +16,46 @@ from nvfp4sweep.triton_blocks import (
     load_16,
     magnitude_of,
     nearest_point,
-    place,
     point_thresholds,
+    row_and_column,
     store_packed,
 )
 from nvfp4sweep.triton_search import code_window, load_pair, normal_code_at_least, shared_rounder
 from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, TABLE
 
 CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
-# Codes screened before the first certificate is asked for: an octave and one more.
-FIRST_CODES = tl.constexpr(9)
+# A walk asks for a certificate after so many turns of three codes: a warp seldom needs fewer, or more.
+FIRST_TURNS = tl.constexpr(4)
 # More than float64 may be off by in a sum of so many squares.
 SETTLED = tl.constexpr(2.0**-32)
 
 
 @triton.jit
-def _weighted(magnitude, importance, rounder, scale, CLIP: tl.constexpr):
-    """The error at one (-scale, -1 / scale), in two chains for the sake of latency (theorem 8)."""
+def _weighted(magnitude, cut, importance, rounder, scale):
+    """The error at one (-scale, -1 / scale), in two chains for the sake of latency (theorem 8).
+
+    cut: the magnitudes, none beyond 7 scales; what is beyond may be anything from 5 up.
+    """
     even = tl.zeros_like(scale[0])
     odd = even
     for i in tl.static_range(len(magnitude)):
-        q = rounder[i] - fma(magnitude[i], scale[1], rounder[i])
-        if CLIP:
-            q = tl.minimum(q, 6.0)
+        q = rounder[i] - fma(cut[i], scale[1], rounder[i])
         residual = fma(q, scale[0], magnitude[i])
         if i % 2 == 0:
             even = fma(residual * residual, importance[i], even)
         else:
             odd = fma(residual * residual, importance[i], odd)
     return even + odd
+
+
+@triton.jit
+def _cut(magnitude, negative_scale):
+    """The magnitudes, cut where the next three scales give 6, and none of them more."""
+    most = (0.0 - CLIPPING_RATIO) * negative_scale
+    cut = ()
+    for i in tl.static_range(len(magnitude)):
+        cut = cut + (tl.minimum(magnitude[i], most),)
+    return cut
 
 
 @triton.jit
@@ -59,14 +70,10 @@ def _excess(magnitude, importance, negative_scale):
 
 
 @triton.jit
-def _three_codes(magnitude, importance, rounder, scales, first_code, best, least, second,
-                 CLIP: tl.constexpr):  # fmt: skip
-    for j in tl.static_range(3):
-        error = _weighted(magnitude, importance, rounder, load_pair(scales + 2 * j), CLIP)
-        second = tl.minimum(second, tl.maximum(error, least))
-        best = tl.where(error < least, first_code + j, best)
-        least = tl.minimum(error, least)
-    return best, least, second
+def _keep_best(error, code, best, least, second):
+    second = tl.minimum(second, tl.maximum(error, least))
+    best = tl.where(error < least, code, best)
+    return best, tl.minimum(error, least), second
 
 
 @triton.jit
@@ -76,44 +83,32 @@ def find_best(magnitude, importance, peak, inside, tables, last, lowest, relativ
     best = tl.full(last.shape, MAX_CODE, tl.int32)
     least = tl.full(last.shape, float("inf"), tl.float32)
     second = least  # the least error but one
-    base = last - (FIRST_CODES - 1)
-    scales = tables + 2 * tl.maximum(base, 1)
-    middle = load_pair(scales + 2)
-    # Elements exceed 7 scales only at the three lowest codes, unless `last` is 126.
-    fits = (base >= lowest) & (peak <= 0.0 - CLIPPING_RATIO * tl.load(scales + 6))
-    rounder = shared_rounder(magnitude, middle[1])
-    for group in tl.static_range(FIRST_CODES // 3):
-        if group > 0:
-            old_scale = middle[0]
-            middle = load_pair(scales + 6 * group + 2)
-            moved = ()
-            for i in tl.static_range(len(magnitude)):
-                moved = moved + (rounder[i] * (old_scale * middle[1]),)
-            rounder = moved
-        best, least, second = _three_codes(magnitude, importance, rounder, scales + 6 * group,
-                                           base + 3 * group, best, least, second, group == 0)  # fmt: skip
-    # The others start at `last`, with every element cut at 6.
-    best = tl.where(fits, best, MAX_CODE)
-    least = tl.where(fits, least, float("inf"))
-    second = tl.where(fits, second, float("inf"))
-    base = tl.where(fits, base, last + 1)
-
-    # Down from here, three codes at a time, until a certificate.
-    limit = least * (1.0 + 2.0 * relative_margin) + absolute_margin
-    excess = _excess(magnitude, importance, tl.load(tables + 2 * tl.maximum(base - 1, 1)))
-    goes_on = inside & (base >= lowest + 3) & ~(excess > limit)
+    limit = least
+    excess = least * 0.0
+    base = last + 1
+    # Down from there, three codes at a time, until a certificate.
+    turn = tl.full([], 0, tl.int32)
+    goes_on = inside & (base >= lowest + 3)
     while any_of(goes_on):
         base = tl.where(goes_on, base - 3, base)
         scales = tables + 2 * tl.maximum(base, 1)
-        rounder = shared_rounder(magnitude, tl.load(scales + 3))
-        found, lower, other = _three_codes(magnitude, importance, rounder, scales, base, best, least, second,
-                                           True)  # fmt: skip
-        best = tl.where(goes_on, found, best)
-        least = tl.where(goes_on, lower, least)
-        second = tl.where(goes_on, other, second)
-        limit = least * (1.0 + 2.0 * relative_margin) + absolute_margin
-        excess = _excess(magnitude, importance, tl.load(tables + 2 * tl.maximum(base - 1, 1)))
-        goes_on = goes_on & (base >= lowest + 3) & ~(excess > limit)
+        low, middle, high = load_pair(scales), load_pair(scales + 2), load_pair(scales + 4)
+        cut = _cut(magnitude, low[0])
+        rounder = shared_rounder(cut, middle[1])
+        errors = (
+            _weighted(magnitude, cut, importance, rounder, low),
+            _weighted(magnitude, cut, importance, rounder, middle),
+            _weighted(magnitude, cut, importance, rounder, high),
+        )
+        for j in tl.static_range(3):
+            error = tl.where(goes_on, errors[j], float("inf"))
+            best, least, second = _keep_best(error, base + j, best, least, second)
+        turn += 1
+        goes_on = goes_on & (base >= lowest + 3)
+        if (turn >= FIRST_TURNS) | ~any_of(goes_on):
+            limit = least * (1.0 + 2.0 * relative_margin) + absolute_margin
+            excess = _excess(magnitude, importance, tl.load(tables + 2 * tl.maximum(base - 1, 1)))
+            goes_on = goes_on & ~(excess > limit)
     return best, (excess > limit) & (second > least * (1.0 + relative_margin) + absolute_margin)
 
 
@@ -205,35 +200,46 @@ def settle(blocks, importance, undecided, ones, step, importance_step, tables, f
 
 
 @triton.jit
-def _sweep_tile(weight, importance, tables, amax, code, error, packed, tile, matrix, outer_stride,
-                block_stride, step, inner_stride, importance_outer, importance_block, importance_step,
-                importance_inner, length_blocks, inner, n_blocks, tiles_per_row, block_size, min_code,
-                last_unhalved, lowest, relative_margin, absolute_margin,
-                LANES: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr, INNER: tl.constexpr,
-                BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
-                OVERLAP: tl.constexpr):  # fmt: skip
-    outer, along, column = place(tile, tiles_per_row, length_blocks, inner, LANES, T)
-    block = (outer * length_blocks + along) * inner + column
-    inside = tile.to(tl.int64) * T + tl.arange(0, T) < n_blocks
-    blocks = weight + outer * (outer_stride * VECTOR) + along * (block_stride * VECTOR)
-    blocks += column * inner_stride
-    weights = importance + outer * (importance_outer * IVECTOR) + along * (importance_block * IVECTOR)
-    weights += column * importance_inner
+def _load(pointer, inside, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.constexpr, T: tl.constexpr):
+    """All elements of blocks that fit in registers."""
+    elements = ()
+    for top in tl.static_range(0, BLOCK_SIZE, 16):
+        elements = elements + load_16(pointer, inside, top, step, BLOCK_SIZE, VECTOR, T)
+    return elements
 
+
+@triton.jit
+def _load_importances(weights, inside, step, BLOCK_SIZE: tl.constexpr, IVECTOR: tl.constexpr,
+                      T: tl.constexpr):  # fmt: skip
+    """(each, or 1 where all of a block are 0, and the largest)."""
+    importances = _load(weights, inside, step, BLOCK_SIZE, IVECTOR, T)
+    most = largest_of(importances, 0, BLOCK_SIZE)
+    ones = most == 0.0
+    if any_of(ones):
+        replaced = ()
+        for i in tl.static_range(BLOCK_SIZE):
+            replaced = replaced + (tl.where(ones, 1.0, importances[i]),)
+        importances = replaced
+    return importances, most
+
+
+@triton.jit
+def _sweep_tile(blocks, weights, importances, most, tables, amax, code, error, packed, out, base, inside,
+                step, importance_step, inner, block_size, min_code, last_unhalved, lowest, relative_margin,
+                absolute_margin, SHARED: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr,
+                INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
+                OVERLAP: tl.constexpr):  # fmt: skip
+    if SCREEN and not SHARED:
+        importances, most = _load_importances(weights, inside, importance_step, BLOCK_SIZE, IVECTOR, T)
     magnitude = ()
-    importances = ()
     peak = tl.zeros([T], tl.float32)
-    most = peak
     if SCREEN:
-        for top in tl.static_range(0, BLOCK_SIZE, 16):
-            w = load_16(blocks, inside, top, step, BLOCK_SIZE, VECTOR, T)
-            h = load_16(weights, inside, top, importance_step, BLOCK_SIZE, IVECTOR, T)
-            for i in tl.static_range(16):
-                magnitude = magnitude + (magnitude_of(w[i]),)
-                importances = importances + (h[i],)
+        w = _load(blocks, inside, step, BLOCK_SIZE, VECTOR, T)
+        for i in tl.static_range(BLOCK_SIZE):
+            magnitude = magnitude + (magnitude_of(w[i]),)
         peak = largest_of(magnitude, 0, BLOCK_SIZE)
-        most = largest_of(importances, 0, BLOCK_SIZE)
     else:
+        most = peak
         for top in range(0, BLOCK_SIZE, 16):
             w = load_16(blocks, inside, top, step, BLOCK_SIZE, VECTOR, T)
             h = load_16(weights, inside, top, importance_step, BLOCK_SIZE, IVECTOR, T)
@@ -246,11 +252,8 @@ def _sweep_tile(weight, importance, tables, amax, code, error, packed, tile, mat
     best = tl.full([T], MAX_CODE, tl.int32)
     undecided = inside
     if SCREEN:
-        replaced = ()
-        for i in tl.static_range(BLOCK_SIZE):
-            replaced = replaced + (tl.where(ones, 1.0, importances[i]),)
         last = tl.minimum(normal_code_at_least(peak * tl.load(tables + SCREEN_UPPER)) - 1, MAX_CODE)
-        best, certain = find_best(magnitude, replaced, peak, inside, tables, last, lowest, relative_margin,
+        best, certain = find_best(magnitude, importances, peak, inside, tables, last, lowest, relative_margin,
                                   absolute_margin * tl.maximum(most, 1.0))  # fmt: skip
         undecided = inside & ~certain
     if any_of(undecided):
@@ -259,7 +262,6 @@ def _sweep_tile(weight, importance, tables, amax, code, error, packed, tile, mat
                        min_code, last, block_size, T)  # fmt: skip
         best = tl.where(undecided, tl.where(last > min_code, exact, min_code), best)
 
-    out = matrix * n_blocks + block
     if amax is not None:
         tl.store(amax + out, tl.load(tables + AMAX + best), mask=inside)
     if code is not None:
@@ -272,38 +274,98 @@ def _sweep_tile(weight, importance, tables, amax, code, error, packed, tile, mat
                            BLOCK_SIZE, VECTOR, IVECTOR, T)  # fmt: skip
             tl.store(error + out, found, mask=inside)
         if packed is not None:
-            base = (outer * length_blocks + along) * (inner * (BLOCK_SIZE // 2)) + column
-            base += matrix * n_blocks * (BLOCK_SIZE // 2)
             store_packed(packed, base, inner, blocks, inside, step, thresholds, VECTOR, INNER, BLOCK_SIZE,
                          T)  # fmt: skip
+
+
+@triton.jit
+def _sweep_matrix(weight, importance, tables, amax, code, error, packed, matrix, outer_stride, block_stride,
+                  step, inner_stride, importance_outer, importance_block, importance_step, importance_inner,
+                  length_blocks, inner, n_blocks, groups_per_row, group, limit, block_size, min_code,
+                  last_unhalved, lowest, relative_margin, absolute_margin,
+                  LANES: tl.constexpr, SHARED: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr,
+                  INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
+                  OVERLAP: tl.constexpr):  # fmt: skip
+    program = tl.program_id(0)
+    lane = tl.arange(0, T)
+    first = tl.full([], 0, tl.int64)
+    inside = tl.full([T], True, tl.int1)
+    if LANES == 0:
+        block = program.to(tl.int64) * T + lane
+        inside = block < n_blocks
+        row = block // inner
+        outer, along, column = row // length_blocks, row % length_blocks, block % inner
+        blocks = weight + outer * outer_stride + along * block_stride + column * inner_stride
+        weights = importance + outer * importance_outer + along * importance_block + column * importance_inner
+        turn, importance_turn, blocks_turn, column_turn = first, first, first, first
+    else:
+        row, column = row_and_column(program, groups_per_row)
+        if LANES == 1:
+            first = row * group
+            block = first * length_blocks + column * T + lane
+            blocks = weight + first * outer_stride + column * T * block_stride + lane * block_stride
+            weights = importance + first * importance_outer + column * T * importance_block
+            weights += lane * importance_block
+            turn, importance_turn, blocks_turn, column_turn = outer_stride, importance_outer, length_blocks, 0
+            column = first * 0 + lane * 0
+        else:
+            first = column * group
+            outer, along = row // length_blocks, row % length_blocks
+            column = first * T + lane
+            block = row * inner + column
+            blocks = weight + outer * outer_stride + along * block_stride + column * inner_stride
+            weights = importance + outer * importance_outer + along * importance_block
+            weights += column * importance_inner
+            turn, importance_turn, blocks_turn, column_turn = T * inner_stride, T * importance_inner, T, T
+    out = matrix * n_blocks + block
+    importances = ()
+    most = tl.zeros([T], tl.float32)
+    if SCREEN and SHARED:
+        importances, most = _load_importances(weights, inside, importance_step, BLOCK_SIZE, IVECTOR, T)
+    for _ in range(tl.minimum(limit - first, group)):
+        # Of packed codes; a block's bytes lie `inner` apart.
+        base = (out - column) * (BLOCK_SIZE // 2) + column
+        _sweep_tile(blocks, weights, importances, most, tables, amax, code, error, packed, out, base, inside,
+                    step, importance_step, inner, block_size, min_code, last_unhalved, lowest,
+                    relative_margin, absolute_margin, SHARED, VECTOR, IVECTOR, INNER, BLOCK_SIZE, SCREEN, T,
+                    OVERLAP)  # fmt: skip
+        blocks += turn
+        weights += importance_turn
+        out += blocks_turn
+        column += column_turn
 
 
 @triton.jit(do_not_specialize=["matrix_stride", "outer_stride", "block_stride", "step", "inner_stride",
                                "importance_matrix", "importance_outer", "importance_block",
                                "importance_step", "importance_inner", "length_blocks", "inner", "n_blocks",
-                               "matrices", "tiles_per_row", "block_size", "min_code", "last_unhalved",
-                               "lowest"])  # fmt: skip
+                               "matrices", "groups_per_row", "group", "limit", "block_size", "min_code",
+                               "last_unhalved", "lowest"])  # fmt: skip
 def sweep_importance(weight, importance, tables, amax, code, error, packed, matrix_stride: tl.int64,
                      outer_stride: tl.int64, block_stride: tl.int64, step: tl.int64, inner_stride: tl.int64,
                      importance_matrix: tl.int64, importance_outer: tl.int64, importance_block: tl.int64,
                      importance_step: tl.int64, importance_inner: tl.int64,
                      length_blocks: tl.int64, inner: tl.int64, n_blocks: tl.int64, matrices: tl.int32,
-                     tiles_per_row: tl.int32, block_size: tl.int32, min_code: tl.int32,
-                     last_unhalved: tl.int32, lowest: tl.int32, relative_margin, absolute_margin,
-                     LANES: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr, INNER: tl.constexpr,
-                     BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
+                     groups_per_row: tl.int32, group: tl.int32, limit: tl.int64, block_size: tl.int32,
+                     min_code: tl.int32, last_unhalved: tl.int32, lowest: tl.int32, relative_margin,
+                     absolute_margin,
+                     LANES: tl.constexpr, SHARED: tl.constexpr, VECTOR: tl.constexpr, IVECTOR: tl.constexpr,
+                     INNER: tl.constexpr, BLOCK_SIZE: tl.constexpr, SCREEN: tl.constexpr, T: tl.constexpr,
                      OVERLAP: tl.constexpr):  # fmt: skip
     """As triton_kernels.sweep, with strides for the importance too: 0 where it repeats.
 
+    A program handles a group of tiles. LANES 1: a tile's blocks follow each other along the axis, the tiles
+    of a group along `outer`; 2: both along `inner`. `limit`: how many tiles there are along it. 0: a tile
+    follows the order [outer, length_blocks, inner], a group is one. SHARED: the tiles of a group have the
+    same importances.
     VECTOR, IVECTOR: elements a load of a weight and of importances, to whose multiples the strides of outer
     and blocks are given. SCREEN: blocks fit in registers, else all codes are compared in float64.
     """
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
         matrix = tl.full([], 0, tl.int64) + i
-        _sweep_tile(weight + matrix * (matrix_stride * VECTOR),
-                    importance + matrix * (importance_matrix * IVECTOR), tables + matrix * TABLE, amax, code,
-                    error, packed, tl.program_id(0), matrix, outer_stride, block_stride, step, inner_stride,
-                    importance_outer, importance_block, importance_step, importance_inner, length_blocks,
-                    inner, n_blocks, tiles_per_row, block_size, min_code, last_unhalved, lowest,
-                    relative_margin, absolute_margin, LANES, VECTOR, IVECTOR, INNER, BLOCK_SIZE, SCREEN, T,
-                    OVERLAP)  # fmt: skip
+        _sweep_matrix(weight + matrix * (matrix_stride * VECTOR),
+                      importance + matrix * (importance_matrix * IVECTOR), tables + matrix * TABLE, amax,
+                      code, error, packed, matrix, outer_stride * VECTOR, block_stride * VECTOR, step,
+                      inner_stride, importance_outer * IVECTOR, importance_block * IVECTOR, importance_step,
+                      importance_inner, length_blocks, inner, n_blocks, groups_per_row, group, limit,
+                      block_size, min_code, last_unhalved, lowest, relative_margin, absolute_margin,
+                      LANES, SHARED, VECTOR, IVECTOR, INNER, BLOCK_SIZE, SCREEN, T, OVERLAP)  # fmt: skip

@@ -37,6 +37,9 @@ _IMPORTANCE_TUNING = {
     (90, 2, 16): _Tuning(registers=96),
     (90, 4, 16): _Tuning(registers=96),
 }
+# Tiles that share importances go to one program, as many as leave enough programs.
+_LARGEST_GROUP = 8
+_FEWEST_GROUPS = 8192
 _HESSIAN_TUNING = {(90, 2): _Tuning(registers=128), (90, 4): _Tuning(registers=128)}
 _DEFAULT_TUNING = _Tuning()
 
@@ -145,27 +148,39 @@ def sweep_importance(
     n_blocks = outer * length_blocks * inner
     if not n_blocks:
         return None
-    columns, lanes = (length_blocks, 1) if inner == 1 else (inner, 2)
-    lanes = lanes if columns % tile == 0 else 0
+    # Tiles that follow each other along an axis may share importances, and a program loads them once.
+    lanes, group, groups_per_row, limit = 0, 1, 1, 1
+    tiles = -(-n_blocks // tile)
+    group_size = min(max(tiles // _FEWEST_GROUPS, 1), _LARGEST_GROUP)
+    if inner == 1 and length_blocks % tile == 0:
+        lanes, group, groups_per_row, limit = 1, group_size, length_blocks // tile, outer
+        programs = groups_per_row * -(-outer // group)
+    elif inner > 1 and inner % tile == 0:
+        limit = inner // tile
+        lanes, group, groups_per_row = 2, group_size, -(-limit // group_size)
+        programs = groups_per_row * outer * length_blocks
+    else:
+        programs = tiles
+    shared = importance_strides[1 if lanes == 1 else 3] == 0
     vector = _vector(strides, problem, 16 // element_size)
     importance_vector = _vector(importance_strides, problem, 4)
     overlap = overlaps(capability)
     return Launch(
         triton_importance.sweep_importance,
-        (-(-n_blocks // tile), min(matrices, MOST_ROWS)),
+        (programs, min(matrices, MOST_ROWS)),
         ("weight", "importance", "tables"),
         tuple(name if name in outputs else None for name in BLOCKWISE),
         output_buffers(problem, [name for name in outputs if name in BLOCKWISE]),
         (
             *_in_vectors(strides, block_size, vector),
             *_in_vectors(importance_strides, block_size, importance_vector),
-            length_blocks, inner, n_blocks, matrices, columns // tile if lanes else 1, block_size,
+            length_blocks, inner, n_blocks, matrices, groups_per_row, group, limit, block_size,
             problem.min_code, last_unhalved_code(problem.min_code), max(FIRST_NORMAL_CODE, problem.min_code),
             *importance_margins(block_size),
         ),
         (
-            lanes, vector, importance_vector, inner > 1, block_size, block_size in _SCREENED_BLOCK_SIZES,
-            tile, overlap,
+            lanes, shared, vector, importance_vector, inner > 1, block_size,
+            block_size in _SCREENED_BLOCK_SIZES, tile, overlap,
         ),
         tuning.warps, maxnreg=tuning.registers, launch_pdl=overlap,
     )  # fmt: skip

@@ -88,9 +88,9 @@ With a Hessian H (symmetric, n = 16) write e(s) = r^T H r, c_i = sum_j |H_ij|, P
 mu be such that H - mu diag(c) is positive semidefinite.
 
 Theorem 10 (codes that cannot win, with a Hessian). mu P(s) <= e(s) <= P(s). Hence a code is out if mu P
-there exceeds an error found. For mu >= 0: from s up, P >= sum of c_i w_i^2 over |w_i| <= s / 4; from s down,
-P >= sum c_i max(0, |w_i| - 6s)^2. All codes with s >= 4M (M: over c_i > 0) have the same error.
-    Proof. |r_i r_j| <= (r_i^2 + r_j^2) / 2. Elements of at most s / 4 round to 0 at s and above.
+there exceeds an error found. For mu >= 0: from s up, P >= sum c_i min(|w_i|, max(0, s/2 - |w_i|))^2; from s
+down, P >= sum c_i max(0, |w_i| - 6s)^2. All codes with s >= 4M (M: over c_i > 0) have the same error.
+    Proof. |r_i r_j| <= (r_i^2 + r_j^2) / 2. No point lies between 0 and s / 2, at s and above.
 
 Theorem 11 (margins, with a Hessian). With q_i as defined (the nearest point, in a tie the even code), r_i
 rounded once and sums over j, then over i, each in any order, of products rounded in either order:

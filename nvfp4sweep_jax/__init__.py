@@ -51,8 +51,8 @@ def calibrate(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -65,8 +65,10 @@ def calibrate(
         global_amax: a number or an array that broadcasts over the leading `batch_dims` axes. It may be
             traced: then its shape is checked, and its values, which must be finite and >= 0, are not.
         axis: the axis along which blocks run: 0 for kernels [in, out], -1 for [out, in].
-        check_finite: raise ValueError if an element is NaN or infinite. Nothing is checked of an array
-            that is traced.
+        importance, hessian: arrays, concrete or traced, or what NumPy makes an array of. An importance of
+            each input is [K] for a weight [N, K], and [K, 1] for a kernel [K, N].
+        check_finite: raise ValueError if an element is NaN or infinite, or an importance or a hessian is
+            not what it must be. Nothing is checked of an array that is traced.
         implementation: "cpu", "triton", "xla" or "oracle"; None chooses as the package says.
 
     The other arguments, the errors and the source are those of nvfp4sweep.calibrate.
@@ -77,9 +79,11 @@ def calibrate(
 
     Raises:
         TypeError: `weight` is not a JAX array, or has another dtype.
-        ValueError: as nvfp4sweep.calibrate; an implementation that cannot serve the array, as any but
-            "xla" under jit.
-        NotImplementedError: importance or hessian is given.
+        ValueError: as nvfp4sweep.calibrate; an implementation that cannot serve the array, as "cpu" and
+            "oracle" under jit.
+
+    Warns:
+        ZeroHessianWarning: as nvfp4sweep.calibrate, of a concrete hessian.
     """
     _, found = _call.search(
         "calibrate", weight, global_amax, axis, block_size, batch_dims, importance, hessian, min_code,
@@ -96,6 +100,8 @@ def calibrate_tree(
     axis: int | _tree.Rule | None = None,
     batch_dims: int | _tree.Rule = 0,
     group: _tree.Rule | None = None,
+    importance: _tree.Rule | None = None,
+    hessian: _tree.Rule | None = None,
     block_size: int = formats.BLOCK_SIZE,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
@@ -115,6 +121,8 @@ def calibrate_tree(
         batch_dims: as for `calibrate`, or a rule: 1 for a kernel [layers, in, out] that stacks layers.
         group: a rule that gives a weight's group, None for its own. Weights of a group share a global
             amax, as those must that a runtime fuses. Without a rule each weight has its own.
+        importance, hessian: rules that give what `calibrate` takes for a weight; None for plain squared
+            error.
 
     The other arguments are those of `calibrate`.
 
@@ -123,7 +131,7 @@ def calibrate_tree(
 
     Raises:
         TypeError, ValueError: as `calibrate`, with the leaf's name; a weight whose axis no rule tells; a
-            group of different leading axes. Shapes and rules are checked before anything is computed.
+            group of different leading axes. The weights' shapes are checked before anything is computed.
     """
     leaves, structure = _tree.weights(params, where, axis, batch_dims, group, block_size)
     amaxes: dict[Any, list[jax.Array]] = {}
@@ -144,6 +152,8 @@ def calibrate_tree(
                 axis=weight.axis,
                 block_size=block_size,
                 batch_dims=weight.batch_dims,
+                importance=importance and importance(weight.name, weight.array),
+                hessian=hessian and hessian(weight.name, weight.array),
                 min_code=min_code,
                 check_finite=check_finite,
                 implementation=implementation,
@@ -159,8 +169,8 @@ def sweep(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
@@ -184,8 +194,8 @@ def quantize(
     axis: int = -1,
     block_size: int = formats.BLOCK_SIZE,
     batch_dims: int = 0,
-    importance: None = None,
-    hessian: None = None,
+    importance: Any = None,
+    hessian: Any = None,
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,

@@ -12,8 +12,6 @@ float64 the product rounds to just that, midpoints of float32 included. Elsewher
 All functions are elementwise. Those that make float64 must run inside `jax.enable_x64(True)`.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,19 +20,30 @@ from nvfp4sweep import formats
 from nvfp4sweep.window import ROUNDER_BASE, ROUNDER_SLOPE
 
 Array = jax.Array
+#: The sum of two float64, of which the second is at most half a unit in the last place of the first.
+Pair = tuple[Array, Array]
 
 INF_BITS = 0x7F800000
 MAGNITUDE_MASK = 0x7FFFFFFF
 SMALLEST_NORMAL_BITS = 0x00800000
 _SMALLEST_NORMAL = 2.0**-126
+_HOLDS_BITS = jax.__version_info__ < (0, 11)
 _SUBNORMAL_STEP = 2.0**-149
 _SMALLEST_NORMAL_CODE = 8
 
 
+def hold(x: Array) -> Array:
+    """An array to slice and gather. Older XLA makes these operations on bfloat16 float32 ones on a CPU, and
+    the whole array with them: it takes the bits."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 and _HOLDS_BITS else x
+
+
 def float32_bits(x: Array) -> Array:
-    """int32 bits of a float32, float16 or bfloat16 array widened to float32."""
+    """int32 bits of a float32, float16 or bfloat16 array, or one that `hold` gave, widened to float32."""
     if x.dtype == jnp.bfloat16:
-        return lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.int32) << 16
+        x = lax.bitcast_convert_type(x, jnp.uint16)
+    if x.dtype == jnp.uint16:
+        return x.astype(jnp.int32) << 16
     return lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32)
 
 
@@ -70,6 +79,22 @@ def narrow(x: Array) -> Array:
     return from_bits(narrow_bits(x))
 
 
+def widen_signed(x: Array) -> Array:
+    """float64 of a float32."""
+    bits = float32_bits(x)
+    return jnp.where(bits < 0, -1.0, 1.0) * widen(bits & MAGNITUDE_MASK)
+
+
+def round_signed_to_float32(x: Array) -> Array:
+    return jnp.where(x < 0, -1.0, 1.0) * round_to_float32(jnp.abs(x))
+
+
+def narrow_signed(x: Array) -> Array:
+    """float32 of a float64 that is a float32 value."""
+    bits = narrow_bits(jnp.abs(x))
+    return from_bits(jnp.where(x < 0, bits | ~MAGNITUDE_MASK, bits))
+
+
 def as_float32(x: Array) -> Array:
     """A float64 array rounded to float32, signs and subnormals kept."""
     negative = lax.bitcast_convert_type(x, jnp.int64) < 0
@@ -80,6 +105,11 @@ def as_float32(x: Array) -> Array:
 def e4m3_float32(code: Array) -> Array:
     """float32 E4M3 value of an int32 code >= 8; beyond 126 the values go on doubling every 8 codes."""
     return from_bits((code + formats.E4M3_TO_FLOAT32) << 20)
+
+
+def e4m3_float32_after(code: Array, steps: int) -> Array:
+    """e4m3_float32(code + steps)."""
+    return from_bits((code << 20) + ((formats.E4M3_TO_FLOAT32 + steps) << 20))
 
 
 def e4m3_float64(code: Array) -> Array:
@@ -130,17 +160,37 @@ def nearest_e2m1(magnitude: Array, inverse_scale: Array) -> Array:
     return rounder - (rounder - y)
 
 
-def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+def nearest_even_e2m1(magnitude: Array, inverse_scale: Array) -> Array:
+    """As nearest_e2m1 in float64; where two points are equally near, the one of the even code."""
+    # A y as near to a midpoint as this is one (see nearest_e2m1).
+    y = lax.reduce_precision(jnp.minimum(magnitude * inverse_scale, 8), 11, 40)
+    step = jnp.where(y < 2, 0.5, jnp.where(y < 4, 1.0, 2.0))
+    per_step = jnp.where(y < 2, 2.0, jnp.where(y < 4, 1.0, 0.5))
+    # Neighbours of an octave's end apart, the number of steps is as even as the code.
+    return jnp.minimum(step * lax.round(y * per_step, lax.RoundingMethod.TO_NEAREST_EVEN), 6)
+
+
+def quotient(a: Array, b: Array) -> Array:
+    """a / b for b >= 0, and 0 where b is 0."""
+    return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), 0)
+
+
+def two_sum(a: Array, b: Array) -> Pair:
     total = a + b
     virtual = total - a
     return total, (a - (total - virtual)) + (b - virtual)
 
 
-def split(a: Array) -> tuple[Array, Array]:
+def split(a: Array) -> Pair:
     """A float64 as its leading 26 bits and the rest, without arithmetic that could be contracted."""
     high = lax.reduce_precision(a, 11, 25)
     return high, a - high
 
 
-def less(a: tuple[Array, Array], b: tuple[Array, Array]) -> Any:
+def added(pair: Pair, x: Array) -> Pair:
+    high, low = two_sum(pair[0], x)
+    return two_sum(high, pair[1] + low)
+
+
+def less(a: Pair, b: Pair) -> Array:
     return (a[0] < b[0]) | ((a[0] == b[0]) & (a[1] < b[1]))

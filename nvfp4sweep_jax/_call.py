@@ -10,7 +10,7 @@ from jax import lax
 
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
-from nvfp4sweep_jax import _amax, _eager, _triton, _xla
+from nvfp4sweep_jax import _amax, _eager, _objectives, _triton, _xla
 from nvfp4sweep_jax._operands import Found, Operands, Run, over_stacks
 
 #: What each public function needs of an engine.
@@ -28,8 +28,8 @@ def search(
     axis: int,
     block_size: int,
     batch_dims: int,
-    importance: None,
-    hessian: None,
+    importance: Any,
+    hessian: Any,
     min_code: int,
     check_finite: bool,
     implementation: str | None,
@@ -40,19 +40,25 @@ def search(
         weight.shape, axis=axis, block_size=block_size, batch_dims=batch_dims, min_code=min_code,
         importance=importance, hessian=hessian,
     )  # fmt: skip
-    if importance is not None or hessian is not None:
-        raise NotImplementedError
     if function == "quantize":
         problems.check_packable(asked)
     given = _given_amax(global_amax, asked)
-    traced = is_traced(weight) or is_traced(given)
+    traced = any(map(is_traced, (weight, given, importance, hessian)))
     engine = _choose_engine(weight, traced, implementation)
     outputs = _OUTPUTS[function]
     if engine in ("cpu", "oracle"):
-        return asked, _eager.on_host(function, weight, asked, given, check_finite, engine)
+        found = _eager.on_host(
+            function, weight, asked, given, check_finite, engine, importance=importance, hessian=hessian
+        )
+        return asked, found
 
     _check_shards(weight, asked)
-    operands = Operands(weight, given)
+    operands = Operands(
+        weight,
+        given,
+        None if importance is None else _objectives.canonical_importance(importance, asked, check_finite),
+        None if hessian is None else _objectives.canonical_hessian(hessian, asked, check_finite),
+    )
     if traced:
         return asked, over_stacks(_RUN[engine], asked, outputs)(lax.stop_gradient(operands))
     found = _RUN[engine](operands, asked, (*outputs, "largest") if check_finite else outputs)

@@ -1,5 +1,7 @@
 """The core's engines on the host, for concrete arrays; and what is wrong with an array."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +19,9 @@ def on_host(
     global_amax: npt.NDArray[np.float32] | None,
     check_finite: bool,
     implementation: str,
+    *,
+    importance: Any = None,
+    hessian: Any = None,
 ) -> Found:
     """nvfp4sweep's function of this name, on the weight's own memory where that is the host's."""
     result = getattr(nvfp4sweep, function)(
@@ -25,6 +30,8 @@ def on_host(
         axis=problem.axis,
         block_size=problem.block_size,
         batch_dims=problem.batch_dims,
+        importance=None if importance is None else np.asarray(importance),
+        hessian=None if hessian is None else np.asarray(hessian),
         min_code=problem.min_code,
         check_finite=check_finite,
         implementation=implementation,

@@ -2,32 +2,24 @@
 
 Each launch is a custom call that jaxlib registers for Triton kernels, so neither PyTorch nor a copy nor a
 wait comes between: XLA allocates, orders and frees. The kernels are compiled when the program is lowered.
-
-On a sharded weight every device searches its own blocks, as the partitioner is told here; only global
-amaxes cross devices.
 """
 
 import functools
-import itertools
 import math
 import threading
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
-from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from nvfp4sweep.problem import Problem, make_problem
-from nvfp4sweep_jax import _amax
-from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax._operands import Found, Operands
+from nvfp4sweep.problem import Problem
+from nvfp4sweep_jax import _amax, _partition
+from nvfp4sweep_jax._operands import Found, Operands, shape_of
 
 Array = jax.Array
 
@@ -69,131 +61,70 @@ def capability() -> int:
 @functools.partial(jax.jit, static_argnames=("problem", "outputs"))
 def run(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
     """Compute the fields of Found named in `outputs`."""
-    weight, *given = (x for x in operands if x is not None)
-    results = _partitioned(problem, outputs, len(given))(_amax.as_float32(weight), *given)
-    # Within shard_map they vary as the weight does.
-    varying = tuple(sorted(jax.typeof(weight).manual_axis_type.varying))
-    return Found(**dict(zip(outputs, lax.pcast(results, varying, to="varying"), strict=True)))
+    operands = operands._replace(weight=_amax.as_float32(operands.weight))
+    return _partition.on_shards(_search, operands, problem, outputs)
 
 
-# --- on a sharded weight ----------------------------------------------------------------------------
+def _search(operands: Operands, problem: Problem, outputs: tuple[str, ...]) -> Found:
+    arrays = {name: x for name, x in operands._asdict().items() if x is not None}
+    found = _search_p.bind(*arrays.values(), given=tuple(arrays), problem=problem, outputs=outputs)
+    return Found(**dict(zip(outputs, found, strict=True)))
 
 
-@functools.cache
-def _partitioned(
-    problem: Problem, outputs: tuple[str, ...], n_given: int
-) -> Callable[..., tuple[Array, ...]]:
-    def search(*operands: Array) -> tuple[Array, ...]:
-        return tuple(_search_p.bind(*operands, problem=problem, outputs=outputs))
+def _viewed(
+    arrays: Sequence[Array], given: tuple[str, ...], problem: Problem
+) -> tuple[Operands, tuple[int, ...] | None]:
+    """The operands, and the strides of an importance as Problem.view_shape.
 
-    def partition(mesh: Mesh, operands: Any, results: Any) -> Any:
-        axes = _axes_of(operands[0].sharding, mesh, problem)
-        pieces = [math.prod(mesh.shape[name] for name in names) for names in axes]
-        local = make_problem(
-            [size // n for size, n in zip(problem.shape, pieces, strict=True)],
-            axis=problem.axis, block_size=problem.block_size, batch_dims=problem.batch_dims,
-            min_code=problem.min_code,
-        )  # fmt: skip
-        across = tuple(name for names in axes[problem.batch_dims :] for name in names)
-        blockwise = NamedSharding(mesh, PartitionSpec(*axes))
-        per_matrix = NamedSharding(mesh, PartitionSpec(*axes[: problem.batch_dims]))
-        return (
-            mesh,
-            functools.partial(_search_shard, problem=local, outputs=outputs, across=across),
-            tuple(per_matrix if name in _PER_MATRIX else blockwise for name in outputs),
-            (blockwise, *[per_matrix] * n_given),
-        )
-
-    partitioned = custom_partitioning(search)
-    rule, sizes = _sharding_rule(problem, outputs, n_given)
-    partitioned.def_partition(partition, decode_shardings=False, sharding_rule=rule, **sizes)
-    return partitioned
+    It stays small, unless it repeats along some but not all of the axes that one of those four merges.
+    """
+    operands = Operands(**dict(zip(given, arrays, strict=True)))
+    importance = operands.importance
+    if importance is None:
+        return operands, None
+    axis, rank = problem.axis, len(problem.shape)
+    merged = (range(problem.batch_dims), range(problem.batch_dims, axis), (axis,), range(axis + 1, rank))
+    shape = list(importance.shape)
+    for group in merged:
+        if any(shape[i] > 1 for i in group):
+            for i in group:
+                shape[i] = problem.shape[i]
+    sizes = [math.prod(shape[i] for i in group) for group in merged]
+    strides = [math.prod(sizes[i + 1 :]) if size > 1 else 0 for i, size in enumerate(sizes)]
+    return operands._replace(importance=jnp.broadcast_to(importance, shape).reshape(sizes)), tuple(strides)
 
 
-_PER_MATRIX = ("global_amax", "global_scale", "largest")
-
-
-def _axes_of(sharding: Sharding, mesh: Mesh, problem: Problem) -> list[tuple[str, ...]]:
-    """The axes of the mesh that split each axis of the weight; none anywhere if that would cut blocks."""
-    n_axes = len(problem.shape)
-    for names in itertools.permutations(name for name, size in mesh.shape.items() if size > 1):
-        for places in itertools.product(range(-1, n_axes), repeat=len(names)):
-            axes = [
-                tuple(name for name, place in zip(names, places, strict=True) if place == i)
-                for i in range(n_axes)
-            ]
-            if NamedSharding(mesh, PartitionSpec(*axes)).is_equivalent_to(sharding, n_axes):
-                pieces = math.prod(mesh.shape[name] for name in axes[problem.axis])
-                if problem.shape[problem.axis] // problem.block_size % pieces == 0:
-                    return axes
-    return [()] * n_axes
-
-
-def _sharding_rule(problem: Problem, outputs: tuple[str, ...], n_given: int) -> tuple[str, dict[str, int]]:
-    """Which axes of operands and results correspond, and the sizes of those that only some have."""
-    axes = [f"a{i}" for i in range(len(problem.shape))]
-    sizes = {"element": problem.block_size}
-
-    def along(factor: str) -> str:
-        return " ".join([*axes[: problem.axis], factor, *axes[problem.axis + 1 :]])
-
-    batch = " ".join(axes[: problem.batch_dims])
-    blocks = axes[problem.axis]
-    rule_of = {name: batch if name in _PER_MATRIX else along(blocks) for name in outputs}
-    if "packed" in outputs:
-        rule_of["packed"] = along(f"({blocks} byte)")
-        sizes["byte"] = problem.block_size // 2
-    operands = [along(f"({blocks} element)"), *[batch] * n_given]
-    return f"{', '.join(operands)} -> {', '.join(rule_of.values())}", sizes
-
-
-def _search_shard(
-    weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...], across: tuple[str, ...]
-) -> tuple[Array, ...]:
-    """A device's part: blocks are its own, the largest magnitude is that of all parts `across` the mesh."""
-    known = {}
-    if across and (not given or "largest" in outputs):
-        (own,) = _search_p.bind(weight, problem=problem, outputs=("global_amax",))
-        # As bits, whose order keeps NaN the largest.
-        known["largest"] = exact.from_bits(lax.pmax(exact.float32_bits(own), across))
-        given = given or (known["largest"],)
-    wanted = tuple(name for name in outputs if name not in known)
-    known |= dict(zip(wanted, _search_p.bind(weight, *given, problem=problem, outputs=wanted), strict=True))
-    return tuple(known[name] for name in outputs)
-
-
-# --- the primitive: a weight and perhaps its global amaxes to the outputs of these names ------------
+# --- the primitive: the given fields of Operands to the outputs of these names ----------------------
 
 _search_p = Primitive("nvfp4sweep")
 _search_p.multiple_results = True
 
 
 @_search_p.def_abstract_eval
-def _(weight: Any, *given: Any, problem: Problem, outputs: tuple[str, ...]) -> list[Any]:
-    return [jax.core.ShapedArray(s.shape, s.dtype) for s in _shapes(problem, outputs)]
+def _(*arrays: Any, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]) -> list[Any]:
+    return [jax.core.ShapedArray(*shape_of(name, problem)) for name in outputs]
 
 
-def _shapes(problem: Problem, outputs: Sequence[str]) -> list[jax.ShapeDtypeStruct]:
-    from nvfp4sweep.triton_sweeps import output_buffers
-
-    shapes = {"largest": jax.ShapeDtypeStruct(problem.batch_shape, np.float32)}
-    for name, shape, dtype in output_buffers(problem, [name for name in outputs if name != "largest"]):
-        shapes[name] = jax.ShapeDtypeStruct(shape, np.dtype(dtype))
-    return [shapes[name] for name in outputs]
+def _shapes(problem: Problem, outputs: tuple[str, ...]) -> list[jax.ShapeDtypeStruct]:
+    return [jax.ShapeDtypeStruct(*shape_of(name, problem)) for name in outputs]
 
 
-def _as_custom_calls(weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...]) -> list[Array]:
+def _as_custom_calls(
+    *arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]
+) -> list[Array]:
     """The launches of triton_launch.plan, each a function of what it reads."""
     from nvfp4sweep.triton_launch import CHECKED, plan
 
+    (weight, global_amax, importance, hessian), importance_strides = _viewed(arrays, given, problem)
     matrices, outer, length, inner = problem.view_shape
     checked = "largest" in outputs
     launches = plan(
         problem, tuple(name for name in outputs if name != "largest"),
         (outer * length * inner, length * inner, inner, 1), weight.dtype.itemsize, capability(),
-        given=bool(given), checked=checked,
+        given=global_amax is not None, checked=checked, importance_strides=importance_strides,
+        hessian_matrices=0 if hessian is None else math.prod(hessian.shape[:-3]),
     )  # fmt: skip
-    buffers = {"weight": weight, **dict(zip(["given_amax"], given, strict=False))}
+    buffers = {"weight": weight, "given_amax": global_amax, "importance": importance, "hessian": hessian}
     for launch in launches:
         buffers |= _custom_call(
             launch, buffers, {"checked": ((matrices, CHECKED), "float32")} if checked else {}
@@ -243,14 +174,14 @@ mlir.register_lowering(_search_p, mlir.lower_fun(_as_custom_calls, multiple_resu
 _interpreter = threading.Lock()  # it changes Triton's own functions while it runs
 
 
-def _as_callback(weight: Array, *given: Array, problem: Problem, outputs: tuple[str, ...]) -> Any:
-    shapes = _shapes(problem, outputs)
-    interpret = functools.partial(_interpret, problem=problem, outputs=outputs)
-    return jax.pure_callback(interpret, shapes, weight, *given)
+def _as_callback(*arrays: Array, given: tuple[str, ...], problem: Problem, outputs: tuple[str, ...]) -> Any:
+    operands, strides = _viewed(arrays, given, problem)
+    interpret = functools.partial(_interpret, strides=strides, problem=problem, outputs=outputs)
+    return jax.pure_callback(interpret, _shapes(problem, outputs), operands)
 
 
 def _interpret(
-    weight: Any, *given: Any, problem: Problem, outputs: tuple[str, ...]
+    operands: Operands, *, strides: Any, problem: Problem, outputs: tuple[str, ...]
 ) -> list[np.ndarray[Any, Any]]:
     import torch
 
@@ -262,14 +193,18 @@ def _interpret(
             return torch.from_numpy(host.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(host)
 
+    weight = tensor(operands.weight)
+    global_amax, importance, hessian = (None if x is None else tensor(x) for x in operands[1:])
     checked = torch.empty(problem.view_shape[0], triton_launch.CHECKED) if "largest" in outputs else None
     with _interpreter, np.errstate(all="ignore"):  # it computes with NumPy, overflow included
         found = triton_launch.run(
-            tensor(weight).reshape(problem.view_shape),
+            weight.reshape(problem.view_shape),
             problem,
             tuple(name for name in outputs if name != "largest"),
             lambda shape, dtype: torch.empty(shape, dtype=getattr(torch, dtype)),
-            *map(tensor, given),
+            global_amax,
+            importance=None if importance is None else importance.as_strided(problem.view_shape, strides),
+            hessian=hessian,
             checked=checked,
         )
     if checked is not None:

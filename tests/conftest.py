@@ -143,8 +143,8 @@ _ENGINES: dict[str, tuple[list[str], Callable[[], Engine]]] = {
     "jax": (["jax", "triton"] if CUDA else ["numba", "jax"], lambda: _jax_engine("jax")),
     "jit": (["jax", "triton"] if CUDA else ["jax"], lambda: _jax_engine("jit")),
 }
-#: Those of them that take an importance and a hessian: every engine, once it does.
-SERVES_OBJECTIVES = ["cpu", "torch"]
+#: Those of them that run all cases with an importance or a hessian. Others take some: test_jax_objectives.py.
+SERVES_OBJECTIVES = ["cpu", "torch", "jax"]
 #: What runs on a CUDA device where there is one.
 ON_DEVICE = {"triton", "jax", "jit", "xla"}
 if CUDA:  # elsewhere it is what "jit" chooses

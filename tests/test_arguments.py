@@ -71,8 +71,6 @@ def changed(array: Any, index: Any, value: float) -> Any:
     return array
 
 
-#: Packages that take an importance and a hessian: all, once they do.
-SERVES_OBJECTIVES = ["numpy", "torch"]
 #: (what is wrong, options, exception, words that the message must have)
 OBJECTIVES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("both", {"importance": ONES, "hessian": EYES}, ValueError, r"importance and hessian are both given"),
@@ -105,12 +103,14 @@ OBJECTIVES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("package", SERVES_OBJECTIVES)
+@pytest.mark.parametrize("package", [*PACKAGES, "jax, in XLA"])
 @pytest.mark.parametrize("function", ["calibrate", "sweep", "quantize"])
 @pytest.mark.parametrize(
     ("options", "error", "message"), [row[1:] for row in OBJECTIVES], ids=[r[0] for r in OBJECTIVES]
 )
 def test_objectives(package: str, function: str, options: dict[str, Any], error: Any, message: str) -> None:
+    if package == "jax, in XLA":
+        package, options = "jax", options | {"implementation": "xla"}
     module, convert = PACKAGES[package]
     weight = convert(WEIGHT.reshape(4, 1, 32) if "batch_dims" in options else WEIGHT)
     given = {k: convert(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
@@ -118,7 +118,7 @@ def test_objectives(package: str, function: str, options: dict[str, Any], error:
         getattr(module, function)(weight, **given)
 
 
-@pytest.mark.parametrize("package", SERVES_OBJECTIVES)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_unchecked_objectives_give_no_exception(package: str) -> None:
     module, convert = PACKAGES[package]
     for name, values in (
@@ -130,14 +130,6 @@ def test_unchecked_objectives_give_no_exception(package: str) -> None:
         for function in ("calibrate", "sweep"):
             options = {name: convert(values), "check_finite": False}
             getattr(module, function)(convert(WEIGHT), **options)
-
-
-@pytest.mark.parametrize("package", PACKAGES.keys() - set(SERVES_OBJECTIVES))
-@pytest.mark.parametrize("name", ["importance", "hessian"])
-def test_objectives_to_come(package: str, name: str) -> None:
-    module, convert = PACKAGES[package]
-    with pytest.raises(NotImplementedError):
-        module.calibrate(convert(WEIGHT), **{name: convert(ONES)})
 
 
 @pytest.mark.parametrize("package", PACKAGES)

@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -75,6 +76,17 @@ def test_lowers_for_every_platform(platform):
     quantize = partial(nvfp4sweep_jax.quantize, implementation="xla")
     traced = jax.jit(quantize).trace(jax.ShapeDtypeStruct((64, 256), jnp.bfloat16))
     assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_exports_for_several_platforms():
+    weight = gaussian()
+    for function in (nvfp4sweep_jax.sweep, nvfp4sweep_jax.quantize):
+        exported = jax.export.export(
+            jax.jit(partial(function, implementation="xla")), platforms=("cpu", "cuda", "tpu")
+        )(weight)
+        found = jax.tree.leaves(exported.call(weight))
+        for a, b in zip(found, jax.tree.leaves(jax.jit(function)(weight)), strict=True):
+            same(a, b)
 
 
 def test_no_64_bit_mode_leaks():
@@ -305,8 +317,8 @@ def test_other_errors_are_the_cores():
         ({"global_amax": -1.0}, ValueError, "global_amax is -1.0: it must be finite"),
         ({"global_amax": jnp.ones(3)}, ValueError, r"global_amax has shape \(3,\)"),
         ({"block_size": 5}, ValueError, "block_size=5 does not divide"),
-        ({"importance": weight}, NotImplementedError, "importance"),
-        ({"hessian": weight}, NotImplementedError, "hessian"),
+        ({"importance": jnp.ones(3)}, ValueError, r"importance has shape \(3,\)"),
+        ({"hessian": weight}, ValueError, r"hessian has shape \(2, 32\)"),
     ]:
         for implementation in ("cpu", "xla"):
             with pytest.raises(error, match=message):

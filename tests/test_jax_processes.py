@@ -126,3 +126,57 @@ else:
 """,
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
     )
+
+
+def test_transformations_of_sharded_weights():
+    run_python(
+        """
+import re
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np, nvfp4sweep, nvfp4sweep_jax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+
+rng = np.random.default_rng(0)
+w = rng.choice(np.array([0, 1.5, 3, 6, 2.25], np.float32), (3, 32, 256))
+w[:, :8] = rng.standard_normal((3, 8, 256))
+expected = nvfp4sweep.sweep(w, batch_dims=1)
+sweep = partial(nvfp4sweep_jax.sweep, implementation="xla")
+
+def same(found, wanted):
+    for a, b in zip(found, wanted, strict=True):
+        assert np.array_equal(a, b)
+
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+x = jax.device_put(w, NamedSharding(mesh, P(None, "a", "b")))
+looped = lambda w: lax.map(sweep, w)
+scanned = lambda w: lax.scan(lambda carry, layer: (carry, sweep(layer)), 0, w)[1]
+for function in (looped, scanned, jax.vmap(sweep)):
+    compiled = jax.jit(function).lower(x).compile()
+    same(compiled(x), expected)
+    assert not re.findall("all-gather|all-to-all|collective-permute", compiled.as_text())
+
+one = [field[0] for field in expected]
+for check_vma in (True, False):
+    def local(w):
+        return sweep(w, global_amax=lax.pmax(jnp.max(jnp.abs(w)), ("a", "b")))[:3]
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=check_vma)
+    same(jax.jit(mapped)(x[0]), one[:3])
+rows = jax.shard_map(  # the other axis is left to XLA
+    partial(nvfp4sweep_jax.calibrate, global_amax=one[3]),
+    mesh=mesh, in_specs=P("a"), out_specs=P("a"), axis_names={"a"},
+)
+same([jax.jit(rows)(x[0])], one[:1])
+
+for shape, spec in (((2, 4), P("a", "b")), ((1, 1), P("a"))):
+    count = shape[0] * shape[1]
+    devices = jax.devices()[:count]
+    mesh = jax.make_mesh(shape, ("a", "b"), axis_types=(AxisType.Explicit,) * 2, devices=devices)
+    with jax.set_mesh(mesh):
+        y = jax.device_put(w[0], NamedSharding(mesh, spec))
+        same(jax.jit(sweep)(y), one)
+        loss = lambda w: jnp.sum(nvfp4sweep_jax.calibrate(w)) + jnp.sum(w)
+        assert (np.asarray(jax.jit(jax.grad(loss))(y)) == 1).all()
+""",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )

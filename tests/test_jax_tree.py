@@ -111,3 +111,23 @@ def test_tree_groups_must_stack_alike():
         nvfp4sweep_jax.calibrate_tree(
             params, where=lambda *_: True, axis=1, batch_dims=1, group=lambda *_: "all"
         )
+
+
+def test_importances_and_hessians_by_rule():
+    rng = np.random.default_rng(1)
+    params = {name: {"kernel": gaussian((32, 8), seed=i)} for i, name in enumerate("abc")}
+    h = rng.lognormal(0, 2, (32, 1)).astype(np.float32)
+    hessian = h.reshape(2, 16, 1) * np.eye(16, dtype=np.float32)
+    found = nvfp4sweep_jax.calibrate_tree(
+        jax.tree.map(jnp.asarray, params),
+        importance=lambda name, leaf: {"a/kernel": h}.get(name),
+        hessian=lambda name, leaf: {"b/kernel": hessian}.get(name),
+    )
+    for name in "ab":
+        same(found[name]["kernel"], nvfp4sweep.calibrate(params[name]["kernel"], axis=0, importance=h))
+    same(found["c"]["kernel"], nvfp4sweep.calibrate(params["c"]["kernel"], axis=0))
+    with pytest.raises(ValueError, match=r"params\['a/kernel'\]: importance\[0, 0\] is -1"):
+        nvfp4sweep_jax.calibrate_tree(
+            {"a": {"kernel": jnp.asarray(params["a"]["kernel"])}},
+            importance=lambda name, leaf: -np.ones((1, 1)),
+        )

@@ -119,9 +119,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from nvfp4sweep_jax import _triton, _xla
 from nvfp4sweep_jax._operands import Operands
 
-def search(*operands, problem, outputs):
+def search(*arrays, given, problem, outputs):
     # In place of the kernels, which have no devices here: what a device is asked for its own part.
-    found = _xla.run(Operands(*operands), problem, outputs)
+    found = _xla.search(Operands(**dict(zip(given, arrays, strict=True))), problem, outputs)
     return [getattr(found, name) for name in outputs]
 
 mlir.register_lowering(_triton._search_p, mlir.lower_fun(search, multiple_results=True), platform="cpu")

@@ -15,7 +15,7 @@ import nvfp4sweep_jax
 from nvfp4sweep import formats
 from nvfp4sweep.problem import make_problem
 from nvfp4sweep_jax import _arithmetic as exact
-from nvfp4sweep_jax import _xla
+from nvfp4sweep_jax import _blocks, _screen, _squares, _words
 
 
 def check_xla(weight, **options):
@@ -71,18 +71,52 @@ def test_xla_is_exact_for_any_global_amax(given):
         check_xla_quantize(gaussian((4, 128)) * np.float32(factor), global_amax=given)
 
 
-@pytest.mark.parametrize("min_code", [8, 100])
+@pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 0.8, 0.86, 0.9, 0.95, 0.99, 1.01, 1.1])
+def test_xla_is_exact_where_scales_end(factor):
+    """Blocks around and above the largest that E4M3 reaches, with one and with several large elements."""
+    rng = np.random.default_rng(7)
+    weight = rng.uniform(-1, 1, (32, 256)).astype(np.float32)
+    weight[::2] *= np.where(rng.random((16, 256)) < 0.1, 1, 0.2).astype(np.float32)
+    check_xla(weight, global_amax=factor)
+
+
+@pytest.mark.parametrize("min_code", [8, 100, 119, 122])
 def test_xla_is_exact_for_min_code(min_code):
     check_xla(structured("levels"), min_code=min_code, global_amax=10.5)
+    check_xla(gaussian(), min_code=min_code)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 32, 64])
+@pytest.mark.parametrize("block_size", [1, 8, 32, 64, 128])
 def test_xla_is_exact_for_block_sizes(block_size):
     check_xla(structured("levels"), block_size=block_size, global_amax=10.5)
 
 
 def test_xla_takes_empty_weights():
     check_xla(np.zeros((3, 0), np.float32))
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5])
+def test_few_and_many_contested_blocks(share):
+    """Rounds over a block of each group, and passes over all blocks."""
+    rng = np.random.default_rng(8)
+    ties = rng.choice(np.array([0, 1.5, 3, 6], np.float32), (64, 1024))
+    contested = np.repeat(rng.random((64, 64)) < share, 16, axis=1)
+    check_xla(np.where(contested, ties, gaussian(ties.shape)), global_amax=10.5)
+
+
+def test_words_of_codes_that_are_left():
+    first, last = jnp.array([3, 9, 5]), jnp.array([5, 9, 126])
+    ranges = _words.from_range(first, last)
+    masks = _words.from_mask(jnp.array([3, 9, 5]), jnp.array([0b10110, 0b1, 0b11]))
+    same(_words.is_contested(jnp.concatenate([ranges, masks])), np.array([1, 0, 1, 1, 0, 1], bool))
+    for word, codes in ((ranges[0], [3, 4, 5]), (masks[0], [4, 5, 7])):
+        for winner in codes:
+            left = word
+            for rival in codes[1:]:
+                assert int(_words.rival_of(left)) == rival
+                left = _words.after_duel(left, jnp.bool_(rival == winner))
+            assert not bool(_words.is_contested(left))
+            assert int(_words.code_of(left)) == winner
 
 
 # --- the arithmetic that XLA must not change ------------------------------------------------------
@@ -107,10 +141,10 @@ def test_exact_objective_is_exact(given):
 
     @jax.jit
     def objective(weight, code, global_amax):
-        view = _xla._block_view(weight, problem)
+        squares = _squares.Squares(_blocks.reader(weight, problem), problem)
         with jax.enable_x64(True):
             scale = exact.block_scale(code, exact.widen(exact.magnitude_bits(global_amax)))
-            ((high, low),) = _xla._exact_objectives(view, [scale], problem, zero=0)
+            ((high, low),) = squares.pairs([scale])
             return tuple(lax.bitcast_convert_type(x, jnp.uint32) for x in (high, low))
 
     high, low = (
@@ -132,7 +166,8 @@ def test_error_is_summed_in_order_without_contraction():
     @jax.jit
     def error(weight, scale):
         with jax.enable_x64(True):
-            total = _xla._error(_xla._block_view(weight, problem), scale.astype(jnp.float64), problem)
+            squares = _squares.Squares(_blocks.reader(weight, problem), problem)
+            total = squares.error(scale.astype(jnp.float64))
             return lax.bitcast_convert_type(total, jnp.uint32)
 
     magnitude = np.abs(weight.reshape(-1, 16).astype(np.float64))[..., None]
@@ -160,8 +195,8 @@ def test_the_screen_leaves_ties_and_seldom_more():
     def left(weight, global_amax):
         problem = make_problem(weight.shape)
         bits = exact.magnitude_bits(global_amax).reshape(1, 1)
-        screened = _xla._screen(_xla._block_view(weight, problem), bits, problem)
-        return lax.population_count(_xla._unpacked(screened)[2])
+        words = _screen.screen(weight, bits, problem)
+        return lax.population_count(words >> 7)
 
     assert (np.asarray(left(structured("levels"), np.float32(10.5))) > 1).all()
     assert (np.asarray(left(structured("sparse"), np.float32(5.25))) > 1).any()

@@ -130,8 +130,8 @@ def test_hessian_theorems(weight: str, name: str, min_code: int) -> None:
     assert (errors >= mu * sizes - slack).all()
     assert (found.answers(mu * sizes - slack) <= best).all()
     counted = np.where(c > 0, found.w, 0)
-    small = np.where(found.w[:, None] <= found.scales[:, None] / 4, counted[:, None] ** 2, 0)
-    upwards = np.einsum("nki,ni->nk", small, c)
+    kept = np.minimum(found.w[:, None], np.maximum(0, found.scales[:, None] / 2 - found.w[:, None]))
+    upwards = np.einsum("nki,ni->nk", kept**2, c)
     excess = np.maximum(0, found.w[:, None] - 6 * found.scales[:, None])
     downwards = np.einsum("nki,ni->nk", excess**2, c)
     for bound in (np.where(mu > 0, mu * part, -np.inf) for part in (upwards, downwards)):
