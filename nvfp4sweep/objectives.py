@@ -31,7 +31,7 @@ def importance_view(importance: npt.ArrayLike, problem: Problem, *, check: bool)
         TypeError: it is not of real numbers.
         ValueError: it does not broadcast to the weight; with `check`, it is negative, NaN or infinite.
     """
-    array = _as_float32("importance", importance)
+    array = as_float32("importance", importance)
     check_importance_shape(array.shape, problem)
     if check:
         bad = ~(np.isfinite(array) & (array >= 0))
@@ -67,7 +67,7 @@ def hessian_per_matrix(hessian: npt.ArrayLike, problem: Problem, *, check: bool)
     Warns:
         ZeroHessianWarning: with `check`, blocks are all zeros.
     """
-    array = _as_float32("hessian", hessian)
+    array = as_float32("hessian", hessian)
     check_hessian_shape(array.shape, problem)
     wide = array.astype(np.float64)
     if check:
@@ -156,7 +156,8 @@ def warn_of_zero_hessians(count: int, problem: Problem) -> None:
     )
 
 
-def _as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+def as_float32(name: str, values: npt.ArrayLike) -> npt.NDArray[np.float32]:
+    """The values of an importance or a hessian, rounded; TypeError if they are not real numbers."""
     array = np.asarray(values)
     if array.dtype.kind not in _REAL:
         raise TypeError(f"{name} has dtype {array.dtype}: it must be real numbers")

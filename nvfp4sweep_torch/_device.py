@@ -109,7 +109,7 @@ class _Watch:
         if not all(0 <= amax < math.inf for amax in amaxes):
             values = np.array(amaxes, np.float32).reshape(self._problem.batch_shape)
             problems.global_amax_per_matrix(values, self._problem)
-        if self._importance is not None:
+        if self._importance is not None and self._importance.numel():
             # Small, as a rule; where it is not, the least and the largest are two more passes over it.
             least, most = torch.aminmax(self._importance)
             if not (least >= 0 and most < math.inf):
@@ -134,15 +134,26 @@ def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:
 
 
 def _device_importance(importance: Any, weight: Tensor, asked: Problem) -> Tensor:
-    values = torch.as_tensor(importance, device=weight.device).detach().to(torch.float32)
+    values = _device_floats("importance", importance, weight)
     objectives.check_importance_shape(tuple(values.shape), asked)
     return values
 
 
 def _device_hessian(hessian: Any, weight: Tensor, asked: Problem) -> Tensor:
-    values = torch.as_tensor(hessian, device=weight.device).detach().to(torch.float32)
+    values = _device_floats("hessian", hessian, weight)
     objectives.check_hessian_shape(tuple(values.shape), asked)
     return values.contiguous()
+
+
+def _device_floats(name: str, values: Any, weight: Tensor) -> Tensor:
+    """float32 where the weight is, of a tensor there or of what NumPy takes."""
+    if not isinstance(values, Tensor):
+        return torch.from_numpy(objectives.as_float32(name, values).copy()).to(weight.device)
+    if values.is_complex() or values.dtype is torch.bool:
+        raise TypeError(
+            f"{name} has dtype {str(values.dtype).removeprefix('torch.')}: it must be real numbers"
+        )
+    return values.detach().to(torch.float32)
 
 
 def _on_device(weight: Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -207,3 +207,150 @@ def test_jax_sharded_over_devices(weight, implementation, axis_type) -> None:  #
             assert "all-gather" not in compiled.as_text()
     eager = nvfp4sweep_jax.sweep(array)
     np.testing.assert_array_equal(np.asarray(eager.code), expected.code)
+
+
+# --- importances and Hessians: the oracle judges some rows ------------------------------------------
+
+OBJECTIVES = {
+    "lognormal-1": lambda x: {"importance": lognormal(1, x.shape[-1])},
+    "lognormal-3": lambda x: {"importance": lognormal(3, x.shape[-1])},
+    "of-each-element": lambda x: {"importance": lognormal(1, *x.shape)},
+    "of-each-expert": lambda x: {"importance": lognormal(1, *x.shape[:-2], 1, x.shape[-1])},
+    "tokens": lambda x: {"hessian": moments(512, x.shape[-1])},
+    "few-tokens": lambda x: {"hessian": moments(5, x.shape[-1])},
+    "common-0.5": lambda x: {"hessian": common_factor(0.5, x.shape[-1])},
+    "common-0.9": lambda x: {"hessian": common_factor(0.9, x.shape[-1])},
+}
+
+
+def lognormal(sigma: float, *shape: int):  # type: ignore[no-untyped-def]
+    return torch.from_numpy(np.random.default_rng(1).lognormal(0, sigma, shape).astype(np.float32)).cuda()
+
+
+def moments(tokens: int, columns: int):  # type: ignore[no-untyped-def]
+    """The Hessian of Gaussian activations, singular where there are fewer tokens than inputs of a block."""
+    x = np.random.default_rng(2).standard_normal((columns // 16, tokens, 16))
+    x *= np.random.default_rng(3).lognormal(0, 0.5, (columns // 16, 1, 16))
+    return torch.from_numpy((x.swapaxes(1, 2) @ x / tokens).astype(np.float32)).cuda()
+
+
+def common_factor(rho: float, columns: int):  # type: ignore[no-untyped-def]
+    return ((1 - rho) * torch.eye(16) + rho).repeat(columns // 16, 1, 1).cuda()
+
+
+def judge(found, weight, options, rows=8) -> None:  # type: ignore[no-untyped-def]
+    """`rows` of [..., N, K], spread over each matrix, against the oracle given the same global amax."""
+    index = torch.linspace(0, weight.shape[-2] - 1, min(rows, weight.shape[-2])).long().cuda()
+    options = {name: host(value) for name, value in options.items()}
+    importance = options.get("importance")
+    if importance is not None and importance.ndim > 1 and importance.shape[-2] > 1:
+        options["importance"] = importance[..., index.cpu().numpy(), :]
+    judged = nvfp4sweep.sweep(
+        weight.index_select(-2, index).float().cpu().numpy(), global_amax=host(found.global_amax),
+        batch_dims=weight.ndim - 2, implementation="oracle", **options,
+    )  # fmt: skip
+    for field in ("amax", "code", "error"):
+        got = getattr(found, field).index_select(-2, index)
+        np.testing.assert_array_equal(host(got), getattr(judged, field), field)
+
+
+def host(tensor):  # type: ignore[no-untyped-def]
+    return tensor.float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_objectives(weight, name: str, dtype: str) -> None:  # type: ignore[no-untyped-def]
+    typed = weight.to(getattr(torch, dtype))
+    options = OBJECTIVES[name](typed)
+    found = nt.sweep(typed, **options)
+    assert found.global_amax == typed.abs().max()
+    judge(found, typed, options)
+    # Each combination of outputs and layout is compiled, which takes seconds for a Hessian.
+    if dtype == "float32":
+        packed = nt.quantize(typed, **options)
+        assert torch.equal(packed.scale.view(torch.uint8), found.code)
+        return
+    if "importance" in options:
+        options["importance"] = torch.atleast_2d(options["importance"]).mT
+    again = nt.sweep(typed.mT.contiguous(), axis=0, **options)
+    assert torch.equal(again.code.mT, found.code)
+    assert torch.equal(again.error.mT, found.error)
+
+
+@pytest.mark.parametrize("name", ["lognormal-1", "of-each-element", "of-each-expert", "tokens"])
+def test_objectives_of_experts(weight, name: str) -> None:  # type: ignore[no-untyped-def]
+    experts = weight.reshape(4, 128, 1024).bfloat16()
+    options = OBJECTIVES[name](experts)
+    found = nt.sweep(experts, batch_dims=1, **options)
+    assert torch.equal(found.global_amax, experts.abs().amax(dim=(1, 2)).float())
+    judge(found, experts, options, rows=3)
+    if "hessian" in options:  # one an expert, the last without tokens
+        own = torch.stack([options["hessian"] * (i < 3) for i in range(4)])
+        with pytest.warns(nvfp4sweep.ZeroHessianWarning, match="64 of 256 blocks"):
+            found = nt.sweep(experts, batch_dims=1, hessian=own)
+        assert torch.equal(found.code[:3], nt.sweep(experts, batch_dims=1, **options).code[:3])
+        assert torch.equal(found.code[3], nt.sweep(experts, batch_dims=1).code[3])
+
+
+def test_hessians_of_one_token(weight) -> None:  # type: ignore[no-untyped-def]
+    """Rank 1: many codes come near a zero error, and are told apart in more than float64."""
+    small = weight[:8, :64].contiguous()
+    options = {"hessian": moments(1, 64)}
+    judge(nt.sweep(small, **options), small, options)
+
+
+def test_accumulated_hessians(weight) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randn(300, 1024, generator=torch.Generator().manual_seed(1)).cuda()
+    accumulator = nt.HessianAccumulator(weight.shape, device="cuda").add(x)
+    options = {"hessian": accumulator.hessian()}
+    found = nt.sweep(weight, **options)
+    judge(found, weight, options)
+    drop_in = nt.nvfp4_fp8_scale_sweep_hessian(weight, found.global_amax, options["hessian"])
+    assert torch.equal(drop_in, found.amax.reshape(-1))
+    importance = {"importance": accumulator.importance()}
+    judge(nt.sweep(weight, **importance), weight, importance)
+
+
+@pytest.mark.parametrize("name", ["lognormal-3", "of-each-element", "tokens", "common-0.9"])
+def test_objectives_in_graphs_and_on_streams(weight, name: str) -> None:  # type: ignore[no-untyped-def]
+    options = OBJECTIVES[name](weight)
+    expected = nt.sweep(weight, **options).code
+    static = torch.zeros_like(weight)
+    given = {key: torch.zeros_like(value) for key, value in options.items()}
+    nt.sweep(static, check_finite=False, **given)  # compile before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = nt.sweep(static, check_finite=False, **given)
+    static.copy_(weight)
+    for key, value in options.items():
+        given[key].copy_(value)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(found.code, expected)
+
+    static.zero_()
+    given[key].zero_()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        static.copy_(weight)
+        given[key].copy_(options[key])
+        found = nt.sweep(static, check_finite=False, **given)
+    stream.synchronize()
+    assert torch.equal(found.code, expected)
+
+
+def test_objectives_must_be_valid(weight) -> None:  # type: ignore[no-untyped-def]
+    h = torch.ones(1024, device="cuda")
+    for bad in (-1.0, float("nan"), float("inf")):
+        h[5] = bad
+        with pytest.raises(ValueError, match=r"importance\[5\] is "):
+            nt.sweep(weight, importance=h)
+    hessian = common_factor(0.5, 1024)
+    hessian[7, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match=r"hessian\[7, 2, 3\] is nan"):
+        nt.sweep(weight, hessian=hessian)
+    with pytest.raises(ValueError, match="importance is on device cpu"):
+        nt.calibrate(weight, importance=torch.ones(1024))

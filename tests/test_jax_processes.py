@@ -6,8 +6,8 @@ from jax_helpers import run_python
 def test_import_is_light():
     run_python("""
 import os, sys
+import jax  # it sets variables of its own
 before = dict(os.environ)
-import jax
 flags = dict(jax.config.values)
 import nvfp4sweep_jax
 assert not {"torch", "triton", "numba"} & set(sys.modules), sorted(sys.modules)

@@ -90,6 +90,27 @@ def test_compile(backend: str) -> None:
     assert torch.equal(global_scale, quantized.global_scale)
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compile_with_objectives(backend: str) -> None:
+    @torch.compile(fullgraph=True, backend=backend)
+    def compiled(w, h, hessian):  # type: ignore[no-untyped-def]
+        found = nt.sweep(w, importance=h)
+        packed = nt.quantize(w, hessian=hessian)
+        return nt.calibrate(w, importance=h * 2), found.code, found.error, packed.packed, packed.scale
+
+    h = torch.rand(WEIGHT.shape[1], generator=GENERATOR)
+    hessian = nt.HessianAccumulator(WEIGHT.shape).add(WEIGHT).hessian()
+    amax, code, error, packed, scale = compiled(WEIGHT, h, hessian)
+    expected = nt.sweep(WEIGHT, importance=h, implementation="oracle")
+    quantized = nt.quantize(WEIGHT, hessian=hessian, implementation="oracle")
+    assert torch.equal(amax, expected.amax)
+    assert torch.equal(code, expected.code)
+    assert torch.equal(error, expected.error)
+    assert torch.equal(packed, quantized.packed)
+    assert torch.equal(scale.view(torch.uint8), quantized.scale.view(torch.uint8))
+    assert not torch.equal(amax, nt.calibrate(WEIGHT))
+
+
 @pytest.mark.parametrize("name", ["calibrate", "sweep", "quantize"])
 def test_operators_are_well_formed(name: str) -> None:
     operator = getattr(torch.ops.nvfp4sweep, name).default
@@ -135,6 +156,35 @@ def test_calibrator_finds_the_exact_amax() -> None:
     expected = nt.calibrate(BLOCKS, implementation="oracle").reshape(-1)
     assert torch.equal(calibrator.compute_amax(), expected)
     assert torch.equal(nt.nvfp4_fp8_scale_sweep(WEIGHT, AMAX), expected)
+
+
+def test_drop_ins_with_a_hessian() -> None:
+    """It is shared by rows, and goes before an error_func; the blocks are those of calibrate."""
+    x = torch.randn(300, 64, generator=GENERATOR)
+    hessian = nt.HessianAccumulator(WEIGHT.shape).add(x).hessian()
+    expected = nt.calibrate(WEIGHT, hessian=hessian, implementation="oracle").reshape(-1)
+    assert torch.equal(nt.nvfp4_fp8_scale_sweep_hessian(WEIGHT, AMAX, hessian), expected)
+    assert torch.equal(nt.nvfp4_fp8_scale_sweep_hessian(BLOCKS, AMAX.item(), hessian), expected)
+    assert not torch.equal(expected, nt.nvfp4_fp8_scale_sweep(WEIGHT, AMAX))
+    calibrator = nt.NVFP4MSECalibrator(
+        torch.ones(128, 1), AMAX, error_func=lambda x, xq: (x - xq).abs(), hessian=hessian
+    )
+    calibrator.collect(BLOCKS)
+    assert torch.equal(calibrator.compute_amax(), expected[:, None])
+    with pytest.raises(ValueError, match=r"hessian has shape \(5, 16, 16\), of 80 inputs"):
+        nt.nvfp4_fp8_scale_sweep_hessian(WEIGHT, AMAX, torch.zeros(5, 16, 16))
+    with pytest.raises(ValueError, match="global_amax has shape"):
+        nt.nvfp4_fp8_scale_sweep_hessian(WEIGHT, torch.ones(2), hessian)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.complex64])
+@pytest.mark.parametrize("implementation", ["cpu", "triton"])
+def test_weights_of_errors_are_real(kind: torch.dtype, implementation: str) -> None:
+    if implementation == "triton" and not _tensors.interpreting():
+        pytest.skip("TRITON_INTERPRET is not set")
+    for options in ({"importance": torch.ones(64, dtype=kind)}, {"hessian": torch.ones(4, 16, 16).to(kind)}):
+        with pytest.raises(TypeError, match="must be real numbers"):
+            nt.calibrate(WEIGHT, implementation=implementation, **options)
 
 
 @pytest.mark.parametrize("shape", [(128,), (128, 1), (32, 4)])

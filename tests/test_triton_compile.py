@@ -1,7 +1,9 @@
 """Every CUDA kernel compiles, without a GPU, for the architectures that people have."""
 
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
@@ -9,73 +11,109 @@ pytest.importorskip("triton")
 
 # In a process of its own: with TRITON_INTERPRET set the kernels are not compilable functions.
 PROGRAM = """
-import sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from nvfp4sweep.triton_kernels import sweep
-from nvfp4sweep.triton_tables import largest, tabulate
+import math, sys
+from nvfp4sweep.problem import make_problem
+from nvfp4sweep.triton_launch import plan
 
-CONSTANTS = {"ROWS": 1, "VECTOR": 8, "INNER": False, "BLOCK_SIZE": 16, "CANDIDATES": 9, "BELOW": 1, "T": 32,
-             "OVERLAP": False, "DENSE": True, "SIZE": 1024}
-POINTERS = {"tables": "fp32", "code": "u8", "amax": "fp32", "partials": "fp32", "given_amax": "fp32",
-            "error": "fp32", "packed": "u8", "global_amax": "fp32", "global_scale": "fp32",
-            "checked": "fp32"}
-FLOATS = {"relative_margin", "absolute_margin", "lowest_ratio", "lower", "upper"}
-
-def build(kernel, weight, without=(), partials="fp32", **constants):
-    types = {**POINTERS, "weight": weight, "partials": partials}
-    chosen = {**CONSTANTS, **constants, **dict.fromkeys(without)}
-    signature = {}
-    for name in kernel.arg_names:
-        if name in chosen:
-            signature[name] = "constexpr"
-        elif name in types:
-            signature[name] = "*" + types[name]
-        else:
-            annotated = kernel.params[kernel.arg_names.index(name)].annotation_type
-            signature[name] = "fp32" if name in FLOATS else annotated or "i32"
-    indices = {(kernel.arg_names.index(n),): v for n, v in chosen.items() if n in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names)
-               if signature[n].startswith("*")}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=indices, attrs=aligned)
-    options = {"enable_fp_fusion": False, "num_warps": chosen["T"] // 32 if kernel is sweep else 8}
-    compiled = triton.compile(source, target=target, options=options)
-    assert compiled.asm["cubin"]
-    return compiled.asm["ptx"]
-
+SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+OUTPUTS = ("amax", "code", "error", "packed", "global_amax", "global_scale")
 capability = int(sys.argv[1])
-target = GPUTarget("cuda", capability, 32)
-overlap = {"OVERLAP": True} if capability >= 90 else {}
-outputs = ("amax", "code", "error", "packed")
 full = capability == 90  # one architecture for every variant, the others for what they may lack
-for weight in ("bf16", "fp32", "fp16") if full else ("bf16",):
-    ptx = build(sweep, weight, outputs[1:], VECTOR=4 if weight == "fp32" else 8, **overlap)
-    assert "ld.global.v4" in ptx  # 16 bytes a load
-    assert ".shared" not in ptx  # a block stays within its thread
-    assert ".local" not in ptx
+
+def contiguous(shape):
+    return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+
+def build(
+    shape, dtype="bf16", outputs=("amax",), strides=None, given=False, checked=False, importance=None,
+    hessians=0, **options,
+):
+    # The PTX of all kernels of a call, by kernel. An importance is given by its strides.
+    problem = make_problem(shape, importance=importance, hessian=hessians or None, **options)
+    launches = plan(
+        problem, outputs, strides or contiguous(problem.view_shape), SIZES[dtype], capability,
+        given=given, checked=checked, importance_strides=importance, hessian_matrices=hessians,
+    )
+    elements = {"weight": dtype, "code": "u8", "packed": "u8"}
+    found = {}
+    for launch in launches:
+        names = [name and elements.get(name, "fp32") for name in launch.buffers]
+        built = launch.build(capability, names)
+        assert built.ptx.count(".param .u64 .ptr") >= sum(name is not None for name in names)
+        found[built.name] = built
+    return {name: built.ptx for name, built in found.items()}
+
+def within_a_thread(ptx):
+    # 16 bytes a load, and a block stays within its thread.
+    assert "ld.global.v4" in ptx and ".shared" not in ptx, "loads"
+
+ROWS = (64, 4096)
+SHARED = (0, 0, 1, 0)  # the strides of one importance an input
+for dtype in ("bf16", "fp32") if full else ("bf16",):
+    built = build(ROWS, dtype)
+    assert list(built) == ["largest", "tabulate", "sweep"], list(built)
+    ptx = built["sweep"]
+    within_a_thread(ptx)
+    assert ".local" not in ptx  # nothing spills
     pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
     # Three an element and candidate, of which the 9 and the one below them are built twice; the first
     # of each of a candidate's two sums may be a product.
     assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
-build(sweep, "bf16", (), VECTOR=1, ROWS=2, INNER=True)
+assert ".ftz.f64" not in built["tabulate"]
+assert set(build((3, 96), outputs=OUTPUTS, checked=True, axis=0, block_size=3)) == {"tabulate", "sweep"}
+
+# Importances that rows share, so that a program loads them once, and those of each element.
+for dtype in ("bf16", "fp32") if full else ("bf16",):
+    ptx = build(ROWS, dtype, importance=SHARED, given=True)["sweep_importance"]
+    within_a_thread(ptx)
+    assert "fma.rn.f64" in ptx or "mul.rn.f64" in ptx  # what float32 cannot separate
+
 if full:
-    build(sweep, "fp32", outputs[1:], VECTOR=4, BLOCK_SIZE=32, CANDIDATES=12, BELOW=0)
-    build(sweep, "bf16", outputs[2:], VECTOR=1, ROWS=0, INNER=True)
-    build(sweep, "bf16", ("amax",), VECTOR=1, BLOCK_SIZE=6, CANDIDATES=0, BELOW=0)
-    build(largest, "bf16", DENSE=False)
-    build(tabulate, "bf16", ("checked", "global_amax", "global_scale"), SIZE=0)
-    build(tabulate, "bf16", ("given_amax", "global_scale", "tables"))
-    build(tabulate, "bf16", ("given_amax",), partials="bf16")
-build(largest, "bf16", **overlap)
-assert ".ftz.f64" not in build(tabulate, "bf16", ("given_amax",), **overlap)
+    stacked = dict(shape=(4, 64, 96), dtype="fp32", batch_dims=1, axis=1, hessians=4)
+    built = build(**stacked, checked=True, outputs=("code", "error", "global_scale"))
+else:
+    built = build((128, 64), hessians=1)
+assert list(built) == ["largest", "prepare", "tabulate", "sweep_hessian"], list(built)
+assert "ld.global.v" in built["sweep_hessian"]
+assert ".ftz.f64" not in "".join(built.values())
+
+if full:
+    few = ("code", "global_scale")
+    build(ROWS, "fp16", few, strides=(0, 2 * 4096 + 3, 2, 0))  # odd strides
+    build((4, 64, 96), outputs=OUTPUTS, batch_dims=1, axis=1, given=True)  # stacked
+    build((4, 64), "fp32", few, block_size=32)
+    build((5, 12), outputs=OUTPUTS, block_size=6)
+    assert list(build(ROWS, outputs=("global_amax",), strides=(0, 5000, 1, 0))) == ["largest", "tabulate"]
+
+    build((4096, 64), axis=0, importance=SHARED, outputs=few, checked=True)
+    build((64, 96), importance=contiguous((1, 64, 96, 1)), outputs=OUTPUTS)
+    build((5, 12), outputs=few, block_size=6, importance=SHARED)
+    build((4, 64), outputs=few, block_size=32, importance=SHARED)
 print("compiled")
 """
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "100"])
-def test_kernels_compile(capability: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    result = subprocess.run([sys.executable, "-W", "error::SyntaxWarning", "-c", PROGRAM, capability],
-                            capture_output=True, text=True)  # fmt: skip
-    assert result.stdout == "compiled\n", result.stderr[-3000:]
+CAPABILITIES = ("80", "90", "100")
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[str, subprocess.Popen[str]]]:
+    """One process a capability, at the same time: what they compile takes a minute of one core or more."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    processes = {
+        capability: subprocess.Popen(
+            [sys.executable, "-W", "error::SyntaxWarning", "-c", PROGRAM, capability],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for capability in CAPABILITIES
+    }  # fmt: skip
+    yield processes
+    for process in processes.values():
+        if process.returncode is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_kernels_compile(capability: str, compilers: dict[str, subprocess.Popen[str]]) -> None:
+    output, errors = compilers[capability].communicate()
+    assert output == "compiled\n", errors[-3000:]
