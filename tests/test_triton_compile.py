@@ -17,8 +17,10 @@ from nvfp4sweep.triton_launch import plan
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OUTPUTS = ("amax", "code", "error", "packed", "global_amax", "global_scale")
-capability = int(sys.argv[1])
-full = capability == 90  # one architecture for every variant, the others for what they may lack
+capability, *variants = sys.argv[1].split("-")
+capability = int(capability)
+# One architecture for every variant, the others for what they may lack.
+more_plain, more_weighted = "plain" in variants, "weighted" in variants
 
 def contiguous(shape):
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -48,63 +50,63 @@ def within_a_thread(ptx):
 
 ROWS = (64, 4096)
 SHARED = (0, 0, 1, 0)  # the strides of one importance an input
-for dtype in ("bf16", "fp32") if full else ("bf16",):
-    built = build(ROWS, dtype)
-    assert list(built) == ["largest", "tabulate", "sweep"], list(built)
-    ptx = built["sweep"]
-    within_a_thread(ptx)
-    assert ".local" not in ptx  # nothing spills
-    pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
-    # Three an element and candidate, of which the 9 and the one below them are built twice; the first
-    # of each of a candidate's two sums may be a product.
-    assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
-assert ".ftz.f64" not in built["tabulate"]
-assert set(build((3, 96), outputs=OUTPUTS, checked=True, axis=0, block_size=3)) == {"tabulate", "sweep"}
-
-# Importances that rows share, so that a program loads them once, and those of each element.
-for dtype in ("bf16", "fp32") if full else ("bf16",):
-    ptx = build(ROWS, dtype, importance=SHARED, given=True)["sweep_importance"]
-    within_a_thread(ptx)
-    assert "fma.rn.f64" in ptx or "mul.rn.f64" in ptx  # what float32 cannot separate
-
-if full:
-    stacked = dict(shape=(4, 64, 96), dtype="fp32", batch_dims=1, axis=1, hessians=4)
-    built = build(**stacked, checked=True, outputs=("code", "error", "global_scale"))
-else:
-    built = build((128, 64), hessians=1)
-assert list(built) == ["largest", "prepare", "tabulate", "sweep_hessian"], list(built)
-assert "ld.global.v" in built["sweep_hessian"]
-assert ".ftz.f64" not in "".join(built.values())
-
-if full:
-    few = ("code", "global_scale")
-    build(ROWS, "fp16", few, strides=(0, 2 * 4096 + 3, 2, 0))  # odd strides
+FEW = ("code", "global_scale")
+if not more_weighted:
+    for dtype in ("bf16", "fp32") if more_plain else ("bf16",):
+        built = build(ROWS, dtype)
+        assert list(built) == ["largest", "tabulate", "sweep"], list(built)
+        ptx = built["sweep"]
+        within_a_thread(ptx)
+        assert ".local" not in ptx  # nothing spills
+        pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
+        # Three an element and candidate, of which the 9 and the one below them are built twice; the first
+        # of each of a candidate's two sums may be a product.
+        assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
+    assert ".ftz.f64" not in built["tabulate"]
+    assert set(build((3, 96), outputs=OUTPUTS, checked=True, axis=0, block_size=3)) == {"tabulate", "sweep"}
+if more_plain:
     build((4, 64, 96), outputs=OUTPUTS, batch_dims=1, axis=1, given=True)  # stacked
-    build((4, 64), "fp32", few, block_size=32)
-    build((5, 12), outputs=OUTPUTS, block_size=6)
+    build((4, 64), "fp32", FEW, block_size=32)
+    build((5, 12), "fp16", OUTPUTS, block_size=6, strides=(0, 2 * 12 + 3, 2, 0))  # odd strides
     assert list(build(ROWS, outputs=("global_amax",), strides=(0, 5000, 1, 0))) == ["largest", "tabulate"]
 
-    build((4096, 64), axis=0, importance=SHARED, outputs=few, checked=True)
+if not more_plain:
+    # Importances that rows share, so that a program loads them once, and those of each element.
+    for dtype in ("bf16", "fp32") if more_weighted else ("bf16",):
+        ptx = build(ROWS, dtype, importance=SHARED, given=True)["sweep_importance"]
+        within_a_thread(ptx)
+        assert "fma.rn.f64" in ptx or "mul.rn.f64" in ptx  # what float32 cannot separate
+
+    if more_weighted:
+        stacked = dict(shape=(4, 64, 96), dtype="fp32", batch_dims=1, axis=1, hessians=4)
+        built = build(**stacked, checked=True, outputs=("code", "error", "global_scale"))
+    else:
+        built = build((128, 64), hessians=1)
+    assert list(built) == ["largest", "prepare", "tabulate", "sweep_hessian"], list(built)
+    assert "ld.global.v" in built["sweep_hessian"]
+    assert ".ftz.f64" not in "".join(built.values())
+if more_weighted:
+    build((4096, 64), axis=0, importance=SHARED, outputs=FEW, checked=True)
     build((64, 96), importance=contiguous((1, 64, 96, 1)), outputs=OUTPUTS)
-    build((5, 12), outputs=few, block_size=6, importance=SHARED)
-    build((4, 64), outputs=few, block_size=32, importance=SHARED)
+    build((5, 12), outputs=FEW, block_size=6, importance=SHARED)
+    build((4, 64), outputs=FEW, block_size=32, importance=SHARED)
 print("compiled")
 """
 
 
-CAPABILITIES = ("80", "90", "100")
+BUILDS = ("80", "90-plain", "90-weighted", "100")
 
 
 @pytest.fixture(scope="module")
 def compilers() -> Iterator[dict[str, subprocess.Popen[str]]]:
-    """One process a capability, at the same time: what they compile takes a minute of one core or more."""
+    """One process each, at the same time: each takes half a minute of one core or more."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     processes = {
-        capability: subprocess.Popen(
-            [sys.executable, "-W", "error::SyntaxWarning", "-c", PROGRAM, capability],
+        build: subprocess.Popen(
+            [sys.executable, "-W", "error::SyntaxWarning", "-c", PROGRAM, build],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for capability in CAPABILITIES
+        for build in BUILDS
     }  # fmt: skip
     yield processes
     for process in processes.values():
@@ -113,7 +115,7 @@ def compilers() -> Iterator[dict[str, subprocess.Popen[str]]]:
             process.communicate()
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_kernels_compile(capability: str, compilers: dict[str, subprocess.Popen[str]]) -> None:
-    output, errors = compilers[capability].communicate()
+@pytest.mark.parametrize("build", BUILDS)
+def test_kernels_compile(build: str, compilers: dict[str, subprocess.Popen[str]]) -> None:
+    output, errors = compilers[build].communicate()
     assert output == "compiled\n", errors[-3000:]
