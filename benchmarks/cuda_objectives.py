@@ -32,7 +32,7 @@ _REPEATS = 20
 _TOKENS = {"tokens_512": 512, "tokens_8": 8}
 _COMMON = {"common_0.5": 0.5, "common_0.9": 0.9, "rank_1": 1.0}
 _SIGMAS = (0, 1, 2, 3)
-_ORACLE_BLOCKS = 2048
+_ORACLE_BLOCKS = 512
 _AGAINST_PEER = ("tokens_512", "common_0.5")
 
 
@@ -43,11 +43,12 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(0)
     objectives = dict(_objectives())
-    cases = [(dtype, name, objective) for dtype in _DTYPES for name, objective in objectives.items()]
-    with ProcessPoolExecutor(8, multiprocessing.get_context("spawn")) as processes:
+    # A process of its own: it compiles while the device's kernels are compiled here.
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         expected = {
-            (dtype, name): processes.submit(_expected, dtype is torch.bfloat16, objective)
-            for dtype, name, objective in cases
+            (dtype, name): process.submit(_expected, dtype is torch.bfloat16, objective)
+            for dtype in _DTYPES
+            for name, objective in objectives.items()
         }
         peer = None if arguments.no_peer else cuda_peers.load_hessian()
         measured = {_name(dtype): _one_dtype(dtype, objectives, expected, peer) for dtype in _DTYPES}
@@ -87,7 +88,7 @@ def _weight(in_bfloat16: bool) -> torch.Tensor:
 
 
 def _expected(in_bfloat16: bool, objective: Objective) -> Array:
-    """The CPU engine's codes, in a process of its own: it compiles while the device does other work."""
+    """The CPU engine's codes."""
     weight = _weight(in_bfloat16).float().numpy()
     code: Array = nvfp4sweep.sweep(weight, implementation="cpu", **objective).code
     return code

@@ -34,11 +34,11 @@ _TUNING = {
     (90, 4, 32): _Tuning(registers=112),
 }
 _IMPORTANCE_TUNING = {
-    (90, 2, 16): _Tuning(registers=96),
-    (90, 4, 16): _Tuning(registers=96),
+    (90, 2, 16): _Tuning(registers=88),
+    (90, 4, 16): _Tuning(registers=88),
 }
 # Tiles that share importances go to one program, as many as leave enough programs.
-_LARGEST_GROUP = 8
+_LARGEST_GROUP = 4
 _FEWEST_GROUPS = 8192
 _HESSIAN_TUNING = {(90, 2): _Tuning(registers=128), (90, 4): _Tuning(registers=128)}
 _DEFAULT_TUNING = _Tuning()
