@@ -92,5 +92,6 @@ def versions(entry: Row) -> str:
 
 
 def provenance(entry: Row) -> str:
-    machine = f"; driver {entry['cuda']['driver']}, {entry['host']}" if "host" in entry else ""
+    driver = f"driver {entry['cuda']['driver']}, " if "cuda" in entry else ""
+    machine = f"; {driver}{entry['host']}" if "host" in entry else ""
     return f"Weight {shape(entry)}, commit {entry['commit']}, {entry['time']}; {versions(entry)}{machine}."

@@ -12,6 +12,7 @@ HEAD = {
     "time": "today",
     "commit": "abc",
     "device": "a device",
+    "host": "a processor",
     "versions": {"python": "3.11"},
     "shape": [2, 32],
 }
@@ -49,6 +50,7 @@ def test_jax(place: str) -> None:
     small = {"shape": [1, 32], "in_a_row": 100, "times": {"eager": time(0.03)}}
     text = report.page({entry["benchmark"]: {**entry, "times": times, "small": small}})
     assert '| `jit`, `implementation="xla"`, global amax given | 0.22 (0.22 .. 0.22) |' in text
+    assert "Weight 2x32, commit abc, today; python 3.11; a processor." in text
     assert "| jit, xla / eager | 2 |" in text
     assert ("| eager / PyTorch adapter, global amax given | 1.1 |" in text) == (place == "cuda")
     assert "| eager, global amax given, no check | 0.03 (0.03 .. 0.03) |" in text
