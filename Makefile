@@ -17,7 +17,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready lint
 	rm -rf $(RUN) && mkdir -p $(RUN)
 	cp -r tests benchmarks docs README.md pyproject.toml $(RUN)
-	cd $(RUN) && ../../$(BIN)/python -m pytest tests -p no:cacheprovider
+	cd $(RUN) && ../../$(BIN)/python -m pytest tests -p no:cacheprovider -n auto --dist worksteal
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
