@@ -32,15 +32,25 @@ def guarded(elements, dtype, at_end):
     values = torch.frombuffer(memory, dtype=dtype, count=math.prod(elements), offset=offset)
     return values.reshape(elements)
 
-def run(shape, at_end, scale, **options):
-    problem = make_problem(shape, **options)
+def objective_of(name, problem, at_end):
+    # One importance an input, by strides of 0, or one Hessian a block of inputs.
+    length = problem.view_shape[2]
+    if name == "importance":
+        importance = guarded((1, 1, length, 1), torch.float32, at_end)
+        return importance.copy_(torch.arange(length).reshape(importance.shape) % 7).expand(problem.view_shape)
+    hessian = guarded((length // 16, 16, 16), torch.float32, at_end)
+    return hessian.copy_(torch.eye(16) + 0.5)
+
+def run(shape, at_end, scale, objective=None, **options):
+    problem = make_problem(shape, **options, **({objective: True} if objective else {}))
+    given = {objective: objective_of(objective, problem, at_end)} if objective else {}
     weight = guarded(shape, torch.bfloat16, at_end)
     weight.copy_(torch.randn(shape, generator=torch.Generator().manual_seed(0)) * scale)
     view = weight.reshape(problem.view_shape)
     outputs = ("amax", "code", "error", "packed", "global_amax", "global_scale")
     found = triton_launch.run(
         view, problem, outputs, lambda shape, dtype: guarded(shape, getattr(torch, dtype), at_end),
-        checked=guarded((len(view), triton_launch.CHECKED), torch.float32, at_end),
+        checked=guarded((len(view), triton_launch.CHECKED), torch.float32, at_end), **given,
     )
     assert torch.equal(found["global_amax"].flatten(), view.abs().amax(dim=(1, 2, 3)).float())
 
@@ -53,6 +63,14 @@ for at_end, scale in itertools.product((False, True), (1.0, 0.0)):
     run((48, 5), at_end, scale, axis=0)
     run((2, 64), at_end, scale, block_size=32)
     run((5, 6), at_end, scale, block_size=6)
+for at_end in (False, True):
+    run((3, 80), at_end, 1.0, "importance")
+    run((1, 512), at_end, 1.0, "importance")  # a whole tile
+    run((16, 5), at_end, 1.0, "importance", axis=0)
+    run((2, 1, 48), at_end, 1.0, "importance", batch_dims=1)
+    run((5, 6), at_end, 1.0, "importance", block_size=6)
+    run((3, 80), at_end, 1.0, "hessian")
+    run((16, 5), at_end, 1.0, "hessian", axis=0)
 print("within bounds", flush=True)
 os._exit(0)  # the mappings may not be closed while tensors point into them
 """
