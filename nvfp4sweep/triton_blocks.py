@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from nvfp4sweep.triton_tables import THRESHOLDS
+from nvfp4sweep.triton_tables import AMAX, THRESHOLDS
 
 
 @triton.jit
@@ -178,6 +178,15 @@ def _packed(blocks, inside, top, step, thresholds,
             word |= (x.to(tl.int32, bitcast=True) >> (28 - 4 * i)) & _sign_bit(i)
         words = words + (word,)
     return words
+
+
+@triton.jit
+def store_amax_and_code(amax, code, out, inside, tables, best):
+    """Those that are not None, of the blocks with the numbers `out`."""
+    if amax is not None:
+        tl.store(amax + out, tl.load(tables + AMAX + best), mask=inside)
+    if code is not None:
+        tl.store(code + out, best.to(tl.uint8), mask=inside)
 
 
 @triton.jit

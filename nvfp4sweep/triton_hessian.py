@@ -17,6 +17,7 @@ from nvfp4sweep.triton_blocks import (
     load_16,
     load_shared,
     point_thresholds,
+    store_amax_and_code,
     store_packed,
 )
 from nvfp4sweep.triton_hessian_exact import form_and_size, settle
@@ -31,8 +32,8 @@ from nvfp4sweep.triton_hessian_tables import (
     UNSCALE,
     pair_index,
 )
-from nvfp4sweep.triton_search import code_at_least, code_window, load_pair, shared_rounder
-from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, TABLE
+from nvfp4sweep.triton_search import code_at_least, code_window, excess_over_6, load_pair, shared_rounder
+from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, TABLE
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT32)
 FIRST_NORMAL_CODE = tl.constexpr(proofs.FIRST_NORMAL_CODE)
@@ -193,7 +194,7 @@ def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, row_s
 
 
 @triton.jit
-def _flat(magnitude, row_sums, negative_scale, T: tl.constexpr):
+def _flat(magnitude, row_sums, negative_scale):
     """P of no scale up from here is less: elements keep their distance from 0 and from half a scale."""
     flat = tl.zeros_like(negative_scale)
     half = -0.5 * negative_scale
@@ -201,17 +202,6 @@ def _flat(magnitude, row_sums, negative_scale, T: tl.constexpr):
         kept = tl.minimum(magnitude[i], tl.maximum(half - magnitude[i], 0.0))
         flat = fma(kept * kept, row_sums[i], flat)
     return flat
-
-
-@triton.jit
-def _excess(magnitude, row_sums, negative_scale, T: tl.constexpr):
-    """P of no scale down from here is less: elements exceed 6 of it."""
-    excess = tl.zeros_like(negative_scale)
-    six = excess + 6.0
-    for i in tl.static_range(16):
-        over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
-        excess = fma(over * over, row_sums[i], excess)
-    return excess
 
 
 @triton.jit
@@ -274,7 +264,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
         edge = tl.where(goes_on, tl.where(falling == 0, edge + 3, first_code), edge)
         if falling == 0:
             next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(edge, 1), MAX_CODE))
-            flat = _flat(magnitude, row_sums, next_scale, T)
+            flat = _flat(magnitude, row_sums, next_scale)
             goes_on = goes_on & (edge <= top) & ~(fraction * flat > bound)
             if ~any_of(goes_on):
                 falling += 1
@@ -283,7 +273,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
                 goes_on = inside
         if falling == 1:
             next_scale = tl.load(tables + 2 * tl.maximum(edge - 1, 1))
-            excess = _excess(magnitude, row_sums, next_scale, T)
+            excess = excess_over_6(magnitude, row_sums, next_scale)
             certified = fraction * excess > bound
             if fraction == 0.0:
                 certified = (norm - tl.sqrt(bound + nu * total) * CERTIFIED) * per_scale > 0.0 - next_scale
@@ -343,10 +333,7 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
 
     block = (outer * length_blocks + along) * inner + column
     out = matrix * n_rows * length_blocks + block
-    if amax is not None:
-        tl.store(amax + out, tl.load(tables + AMAX + found), mask=inside)
-    if code is not None:
-        tl.store(code + out, found.to(tl.uint8), mask=inside)
+    store_amax_and_code(amax, code, out, inside, tables, found)
     if error is not None or packed is not None:
         scale = 0.0 - tl.load(tables + 2 * found)
         thresholds = point_thresholds(tables, found, T)

@@ -18,10 +18,17 @@ from nvfp4sweep.triton_blocks import (
     nearest_point,
     point_thresholds,
     row_and_column,
+    store_amax_and_code,
     store_packed,
 )
-from nvfp4sweep.triton_search import code_window, load_pair, normal_code_at_least, shared_rounder
-from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, TABLE
+from nvfp4sweep.triton_search import (
+    code_window,
+    excess_over_6,
+    load_pair,
+    normal_code_at_least,
+    shared_rounder,
+)
+from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, TABLE
 
 CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
 # A walk asks for a certificate after so many turns of three codes: a warp seldom needs fewer, or more.
@@ -56,17 +63,6 @@ def _cut(magnitude, negative_scale):
     for i in tl.static_range(len(magnitude)):
         cut = cut + (tl.minimum(magnitude[i], most),)
     return cut
-
-
-@triton.jit
-def _excess(magnitude, importance, negative_scale):
-    """What no scale down from here can save: that elements exceed 6 of it (theorem 6)."""
-    excess = tl.zeros_like(negative_scale)
-    six = excess + 6.0
-    for i in tl.static_range(len(magnitude)):
-        over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
-        excess = fma(over * over, importance[i], excess)
-    return excess
 
 
 @triton.jit
@@ -107,7 +103,7 @@ def find_best(magnitude, importance, peak, inside, tables, last, lowest, relativ
         goes_on = goes_on & (base >= lowest + 3)
         if (turn >= FIRST_TURNS) | ~any_of(goes_on):
             limit = least * (1.0 + 2.0 * relative_margin) + absolute_margin
-            excess = _excess(magnitude, importance, tl.load(tables + 2 * tl.maximum(base - 1, 1)))
+            excess = excess_over_6(magnitude, importance, tl.load(tables + 2 * tl.maximum(base - 1, 1)))
             goes_on = goes_on & ~(excess > limit)
     return best, (excess > limit) & (second > least * (1.0 + relative_margin) + absolute_margin)
 
@@ -262,10 +258,7 @@ def _sweep_tile(blocks, weights, importances, most, tables, amax, code, error, p
                        min_code, last, block_size, T)  # fmt: skip
         best = tl.where(undecided, tl.where(last > min_code, exact, min_code), best)
 
-    if amax is not None:
-        tl.store(amax + out, tl.load(tables + AMAX + best), mask=inside)
-    if code is not None:
-        tl.store(code + out, best.to(tl.uint8), mask=inside)
+    store_amax_and_code(amax, code, out, inside, tables, best)
     if error is not None or packed is not None:
         scale = 0.0 - tl.load(tables + 2 * best)
         thresholds = point_thresholds(tables, best, T)

@@ -17,10 +17,11 @@ from nvfp4sweep.triton_blocks import (
     magnitude_of,
     point_thresholds,
     squared_error,
+    store_amax_and_code,
     store_packed,
 )
 from nvfp4sweep.triton_search import code_window, exact_best, find_survivors, lowest_bit, normal_code_at_least
-from nvfp4sweep.triton_tables import AMAX, MAX_CODE, SCREEN_UPPER, SECOND_COPY, TABLE
+from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, SECOND_COPY, TABLE
 
 CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
 
@@ -90,10 +91,7 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                             block_size, BLOCK_SIZE, VECTOR, T)  # fmt: skip
         best = tl.where(undecided, tl.where(first == last, first, exact), best)
 
-    if amax is not None:
-        tl.store(amax + out, tl.load(tables + AMAX + best), mask=inside)
-    if code is not None:
-        tl.store(code + out, best.to(tl.uint8), mask=inside)
+    store_amax_and_code(amax, code, out, inside, tables, best)
     if error is not None or packed is not None:
         scale = 0.0 - tl.load(tables + 2 * best)
         thresholds = point_thresholds(tables, best, T)

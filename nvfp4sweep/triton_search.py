@@ -70,6 +70,17 @@ def shared_rounder(magnitude, negative_inverse):
 
 
 @triton.jit
+def excess_over_6(magnitude, weights, negative_scale):
+    """What elements lose beyond 6 scales, by the weights: no smaller scale loses less (theorems 6 and 10)."""
+    excess = tl.zeros_like(negative_scale)
+    six = excess + 6.0
+    for i in tl.static_range(len(magnitude)):
+        over = tl.maximum(fma(six, negative_scale, magnitude[i]), 0.0)
+        excess = fma(over * over, weights[i], excess)
+    return excess
+
+
+@triton.jit
 def _squares(magnitude, rounder, negative_scale, negative_inverse, CLIP: tl.constexpr):
     """The error at one scale (theorem 4), in two chains for the sake of latency."""
     even = tl.zeros_like(negative_scale)
