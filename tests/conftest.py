@@ -22,7 +22,10 @@ def _cuda_is_available() -> bool:
 
 
 CUDA = _cuda_is_available()
-if not CUDA:
+if CUDA:
+    # Before JAX is imported: the processes of a parallel run, and PyTorch in each, share the device's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+else:
     # Before Triton is imported: its kernels then run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
 

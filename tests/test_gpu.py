@@ -84,10 +84,14 @@ def test_two_threads(weight, expected) -> None:  # type: ignore[no-untyped-def]
 def test_second_device(weight, expected) -> None:  # type: ignore[no-untyped-def]
     if torch.cuda.device_count() < 2:
         pytest.skip("one CUDA device")
-    found = nt.sweep(weight.to("cuda:1"))
-    assert found.code.device == torch.device("cuda:1")
-    assert torch.equal(found.code.cpu(), expected.cpu())
-    assert torch.cuda.current_device() == 0
+    here = torch.cuda.current_device()  # not always the first: libraries set it when they are imported
+    there = torch.device("cuda", (here + 1) % 2)
+    for options in ({}, OBJECTIVES["lognormal-1"](weight), OBJECTIVES["tokens"](weight)):
+        wanted = nt.sweep(weight, **options).code if options else expected
+        found = nt.sweep(weight.to(there), **{name: value.to(there) for name, value in options.items()})
+        assert found.code.device == there
+        assert torch.equal(found.code.cpu(), wanted.cpu())
+        assert torch.cuda.current_device() == here
 
 
 def test_extra_memory(weight) -> None:  # type: ignore[no-untyped-def]
