@@ -1,4 +1,4 @@
-"""CUDA: fused multiply-adds, and pairs of float64, in which what float32 cannot tell apart is compared."""
+"""CUDA: fused multiply-adds, pairs of float64, and sums of products of float64 whose sign is exact."""
 
 import triton
 import triton.language as tl
@@ -42,6 +42,47 @@ def add_pairs(a_high, a_low, b_high, b_low):
     return two_sum(high, (a_low + b_low) + carry)
 
 
+# --- the sign of a sum (theorem 9): term by term, its leading bits first, until they decide -----------------
+#
+# A turn takes of each term what lies between two powers of two, a multiple of the lower one, `unit`: such
+# multiples are few enough bits that float64 sums them exactly. `rest` is the largest that any term has left;
+# the next unit lies so far below it.
+
+# Of a product of three float64s, one with a rest. They are taken one at a time: more take more registers.
+TERMS = tl.constexpr(8)
+# More than any sum here has terms: so many an element of a block of 2^18.
+MOST_TERMS = tl.constexpr(2.0**21)
+# Above twice every term, so that the first turn only finds the largest.
+FIRST_UNIT = tl.constexpr(2.0**500)
+BITS_A_TURN = tl.constexpr(27)
+
+
 @triton.jit
-def at_most(a_high, a_low, b_high, b_low):
-    return (a_high < b_high) | ((a_high == b_high) & (a_low <= b_low))
+def _to_multiple(x, unit):
+    """x rounded to a multiple of a power of two."""
+    size = tl.abs(x)
+    even = size + unit * 2.0**52
+    rounded = tl.where(size < unit * 2.0**52, even - unit * 2.0**52, size)
+    return tl.where(x < 0.0, 0.0 - rounded, rounded)
+
+
+@triton.jit
+def add_term(part, rest, term, h, u, v, v_rest, unit, unit_before):
+    """A turn's `part` and `rest`, with this one of the TERMS of h u (v + v_rest)."""
+    scaled, scaled_rest = two_product(h, u)
+    high, low = two_product(tl.where(term & 4 == 0, scaled, scaled_rest), tl.where(term & 2 == 0, v, v_rest))
+    value = tl.where(term & 1 == 0, high, low)
+    rounded = _to_multiple(value, unit)
+    return part + (rounded - _to_multiple(value, unit_before)), tl.maximum(rest, tl.abs(value - rounded))
+
+
+@triton.jit
+def is_open(total, rest):
+    """Whether what is left of the terms may change the sign of what is not."""
+    return (rest > 0.0) & ~(tl.abs(total) > MOST_TERMS * rest)
+
+
+@triton.jit
+def unit_below(rest):
+    power = ((rest.to(tl.int64, bitcast=True) >> 52) << 52).to(tl.float64, bitcast=True)
+    return power * 2.0**-BITS_A_TURN

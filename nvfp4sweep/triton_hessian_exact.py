@@ -1,4 +1,4 @@
-"""CUDA: quadratic forms in float64 and in pairs of it, for codes that float32 cannot tell apart.
+"""CUDA: quadratic forms in float64, and exactly, for codes that float32 cannot tell apart.
 
 Such code seldom runs: much of it takes an element at a time, and so is quick to compile.
 """
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from nvfp4sweep import window as proofs
-from nvfp4sweep.triton_arithmetic import add_pairs, at_most, two_product
+from nvfp4sweep.triton_arithmetic import FIRST_UNIT, TERMS, add_term, is_open, two_sum, unit_below
 from nvfp4sweep.triton_blocks import any_of, nearest_point, point_thresholds
 from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
@@ -47,45 +47,49 @@ def form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T: tl.con
 
 
 @triton.jit
-def _have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr):
-    """Whether two codes have equal q s for all elements."""
-    thresholds = point_thresholds(tables, code, T)
-    other_thresholds = point_thresholds(tables, other, T)
-    scale = 0.0 - tl.load(tables + 2 * code)
-    other_scale = 0.0 - tl.load(tables + 2 * other)
-    same = inside
-    for i in range(16):
-        w_i = _load(blocks, inside, step, i)
-        same = same & (
-            _dequantized(w_i, scale, thresholds) == _dequantized(w_i, other_scale, other_thresholds)
-        )
-    return same
+def _points(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds):
+    """w_i, and q s at two scales."""
+    w_i = _load(blocks, inside, step, i)
+    return w_i, _dequantized(w_i, scale, thresholds), _dequantized(w_i, other_scale, other_thresholds)
 
 
 @triton.jit
-def _objective(blocks, inside, step, tables, code, hessian, T: tl.constexpr):
-    """sum H_ij p_i (p_j - 2 w_j), p = q s: the error less its constant part, as a pair (theorem 11)."""
-    thresholds = point_thresholds(tables, code, T)
-    scale = 0.0 - tl.load(tables + 2 * code)
+def _difference(blocks, inside, step, tables, code, other, hessian, T: tl.constexpr):
+    """The error at `code` less that at `other`: what has the same sign (theorem 11)."""
+    thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
+    scale, other_scale = 0.0 - tl.load(tables + 2 * code), 0.0 - tl.load(tables + 2 * other)
     h = hessian.to(tl.pointer_type(tl.float64), bitcast=True)
-    high = tl.zeros([T], tl.float64)
-    low = high
-    for i in range(16):
-        p_i = _dequantized(_load(blocks, inside, step, i), scale, thresholds)
-        for j in range(16):
-            w_j = _load(blocks, inside, step, j)
-            p_j = _dequantized(w_j, scale, thresholds)
-            h_ij = tl.load(h + 16 * i + j)
-            term, rest = two_product(h_ij * p_i, p_j - 2.0 * w_j.to(tl.float64))
-            high, low = add_pairs(high, low, term, rest)
-    return high, low
+    total = tl.zeros([T], tl.float64)
+    unit = total + FIRST_UNIT
+    unit_before = unit
+    goes_on = inside
+    while any_of(goes_on):
+        part = tl.zeros([T], tl.float64)
+        rest = part
+        for term in range(TERMS):
+            for i in range(16):
+                _, point, other_point = _points(blocks, goes_on, step, i, scale, thresholds, other_scale,
+                                                other_thresholds)  # fmt: skip
+                u = other_point - point
+                if any_of(u != 0.0):
+                    for j in range(16):
+                        w_j, point, other_point = _points(blocks, goes_on, step, j, scale, thresholds,
+                                                          other_scale, other_thresholds)  # fmt: skip
+                        v, v_rest = two_sum(2.0 * w_j.to(tl.float64), 0.0 - (point + other_point))
+                        part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
+                                              unit_before)  # fmt: skip
+        total = tl.where(goes_on, total + part, total)
+        goes_on = goes_on & is_open(total, rest)
+        unit_before = unit
+        unit = unit_below(rest)
+    return total
 
 
 @triton.jit
 def settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T: tl.constexpr):
     """The lowest of the codes `single` and `lower` .. `upper` with the least exact error.
 
-    They are gone through in float64, and a second time where that leaves several: these compare as pairs.
+    They are gone through in float64, and a second time where that leaves several: these compare exactly.
     """
     flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
     best = single
@@ -111,15 +115,8 @@ def settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessi
         else:
             near = goes_on & (code != best) & (error - margin <= possible)
             if any_of(near):
-                same = _have_same_points(blocks, near, step, tables, best, code, T)
-                wins = same & (code < best)
-                near = near & ~same
-                if any_of(near):
-                    high, low = _objective(blocks, near, step, tables, best, hessian, T)
-                    other_high, other_low = _objective(blocks, near, step, tables, code, hessian, T)
-                    no_worse = at_most(other_high, other_low, high, low)
-                    no_better = at_most(high, low, other_high, other_low)
-                    wins = wins | (near & no_worse & (~no_better | (code < best)))
+                difference = _difference(blocks, near, step, tables, code, best, hessian, T)
+                wins = near & ((difference < 0.0) | ((difference == 0.0) & (code < best)))
                 best = tl.where(wins, code, best)
         goes_on = goes_on & (code < upper) | (goes_on & (code == single) & (single > upper))
         code = tl.where(code == single, lower, code + 1)

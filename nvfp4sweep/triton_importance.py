@@ -9,7 +9,15 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from nvfp4sweep import window as proofs
-from nvfp4sweep.triton_arithmetic import add_pairs, at_most, fma, two_product
+from nvfp4sweep.triton_arithmetic import (
+    FIRST_UNIT,
+    TERMS,
+    add_term,
+    fma,
+    is_open,
+    two_sum,
+    unit_below,
+)
 from nvfp4sweep.triton_blocks import (
     any_of,
     largest_of,
@@ -33,7 +41,7 @@ from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, TABLE
 CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
 # A walk asks for a certificate after so many turns of three codes: a warp seldom needs fewer, or more.
 FIRST_TURNS = tl.constexpr(4)
-# More than float64 may be off by in a sum of so many squares.
+# More than float64 may be off by in a sum of 2^18 squares.
 SETTLED = tl.constexpr(2.0**-32)
 
 
@@ -151,19 +159,32 @@ def _error_and_excess(blocks, importance, inside, ones, step, importance_step, s
 
 
 @triton.jit
-def _objective(blocks, importance, inside, ones, step, importance_step, tables, code, block_size,
-               T: tl.constexpr):  # fmt: skip
-    """sum h p (p - 2 |w|), p = q s: the error less its constant part, as a pair (theorem 9)."""
-    thresholds = point_thresholds(tables, code, T)
-    wide = (0.0 - tl.load(tables + 2 * code)).to(tl.float64)
-    high = tl.zeros([T], tl.float64)
-    low = high
-    for i in range(block_size):
-        magnitude, weight = _element(blocks, importance, inside, ones, step, importance_step, i)
-        point = nearest_point(magnitude, thresholds).to(tl.float64) * wide
-        term, rest = two_product(weight * point, point - 2.0 * magnitude.to(tl.float64))
-        high, low = add_pairs(high, low, term, rest)
-    return high, low
+def _difference(blocks, importance, inside, ones, step, importance_step, tables, code, other, block_size,
+                T: tl.constexpr):  # fmt: skip
+    """The error at `code` less that at `other`: what has the same sign (theorem 9)."""
+    thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
+    scale = (0.0 - tl.load(tables + 2 * code)).to(tl.float64)
+    other_scale = (0.0 - tl.load(tables + 2 * other)).to(tl.float64)
+    total = tl.zeros([T], tl.float64)
+    unit = total + FIRST_UNIT
+    unit_before = unit
+    goes_on = inside
+    while any_of(goes_on):
+        part = tl.zeros([T], tl.float64)
+        rest = part
+        for term in range(TERMS):
+            for i in range(block_size):
+                magnitude, weight = _element(blocks, importance, goes_on, ones, step, importance_step, i)
+                point = nearest_point(magnitude, thresholds).to(tl.float64) * scale
+                other_point = nearest_point(magnitude, other_thresholds).to(tl.float64) * other_scale
+                v, v_rest = two_sum(2.0 * magnitude.to(tl.float64), 0.0 - (point + other_point))
+                part, rest = add_term(part, rest, term, weight, other_point - point, v, v_rest, unit,
+                                      unit_before)  # fmt: skip
+        total = tl.where(goes_on, total + part, total)
+        goes_on = goes_on & is_open(total, rest)
+        unit_before = unit
+        unit = unit_below(rest)
+    return total
 
 
 @triton.jit
@@ -182,11 +203,9 @@ def settle(blocks, importance, undecided, ones, step, importance_step, tables, f
         wins = error < least * (1.0 - SETTLED)
         near = goes_on & ~wins & (error <= least * (1.0 + SETTLED))
         if any_of(near):
-            high, low = _objective(blocks, importance, near, ones, step, importance_step, tables, code,
-                                   block_size, T)  # fmt: skip
-            best_high, best_low = _objective(blocks, importance, near, ones, step, importance_step, tables,
-                                             best, block_size, T)  # fmt: skip
-            wins = wins | (near & at_most(high, low, best_high, best_low))
+            difference = _difference(blocks, importance, near, ones, step, importance_step, tables, code,
+                                     best, block_size, T)  # fmt: skip
+            wins = wins | (near & (difference <= 0.0))
         wins = wins & goes_on
         best = tl.where(wins, code, best)
         least = tl.where(wins, error, least)

@@ -73,16 +73,14 @@ Theorem 8 (float32 margin, with importances). As theorem 4, with fma(r r, h, e) 
 |computed - e| <= (n + 34) u e + n 2^-124 max(1, h_1, ..., h_n).
     Proof. One product more is rounded; a square below float32's normal range is off by 2^-126, times h.
 
-Theorem 9 (exact comparison, with importances). With p_i = q_i s, e(s) = sum h w^2 + f(s), where
-f(s) = sum_i h_i p_i (p_i - 2 |w_i|), so two scales compare by f alone. In float64 p_i and h_i p_i are exact;
-each term is an error-free product, and the sum is one of pairs, in order. It is off by less than
-2^-80 sum h_i p_i |p_i - 2 |w_i||. Where |w_i| <= 2^6 s, n <= 32 and the h_i > 0 of the block lie within a
-factor 2^12, it is exact. Scales with equal p_i, as a scale and its double often are, have equal sums. What
-remains needs integers: every h_i r_i r_j is a multiple of 2^-449, and sums of 2^20 of them are below 2^407.
-    Proof. q_i has 3 bits and s and h_i have 24. Where p_i > 0, |w_i| >= s / 4, so both are multiples of
-    ulp(s) / 8, and p_i - 2 |w_i| is exact for |w_i| <= 2^26 s, else rounded once. A sum of pairs is off by a
-    few 2^-104 of its terms' sizes, n <= 2^18 times. With |w_i| <= 2^6 s a term has 27 + 24 + 34 bits, 12 more
-    for the factor between the h_i, and 5 for the sum: less than 106.
+Theorem 9 (exact comparison, with importances). With p_i = q_i s, u_i = p'_i - p_i and
+v_i = 2 |w_i| - p_i - p'_i, e(s) - e(s') = sum_i h_i u_i v_i. In float64 u_i is exact and v_i is one and a
+rest, so each product is a sum of eight float64s, by error-free products: multiples of 2^-449, up to 2^386.
+Elements with equal points or opposite residuals have none. The sign of the sum of the others takes integers,
+or their leading bits first.
+    Proof. q_i has 2 bits in halves, s has 24, and no scale is 2^18 times another: p_i and p'_i are multiples
+    of ulp / 2 of the lesser scale, below 2^46 of them. Where h_i r_i^2 are compared themselves, they are
+    multiples of 2^-449 too, and sums of 2^20 of them are below 2^407.
 
 With a Hessian H (symmetric, n = 16) write e(s) = r^T H r, c_i = sum_j |H_ij|, P(s) = sum_i c_i r_i^2, and let
 mu be such that H - mu diag(c) is positive semidefinite.
@@ -95,9 +93,8 @@ down, P >= sum c_i max(0, |w_i| - 6s)^2. All codes with s >= 4M (M: over c_i > 0
 Theorem 11 (margins, with a Hessian). With q_i as defined (the nearest point, in a tie the even code), r_i
 rounded once and sums over j, then over i, each in any order, of products rounded in either order:
 |computed - e| <= (2n + 8) v P for arithmetic of unit roundoff v, and 2^-113 (1 + M^2) more where a float32
-may underflow, for H scaled to a largest element in [1, 2). As with importances,
-f(s) = sum_ij H_ij p_i (p_j - 2 w_j), p_i = q_i s with the sign of w_i, as a sum of pairs of float64 is off by
-less than 2^-90 of its terms' sizes, and scales with equal p_i have equal sums. Unlike with sums of squares, a
+may underflow, for H scaled to a largest element in [1, 2). As with importances e(s) - e(s') is
+sum_ij H_ij u_i v_j, with p_i = q_i s and w_i signed. Unlike with sums of squares, a
 q that is not the nearest point is not nearly as good.
     Proof. The terms' sizes sum to |r|^T |H| |r| <= P. Each is rounded once for r_i and r_j, twice as a
     product, and n - 1 times in each of two sums; 2 n + 2 roundings, to first order. What underflows, flushed

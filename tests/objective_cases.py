@@ -130,6 +130,12 @@ def diagonal(rng: np.random.Generator, problem: Problem) -> Array:
     return h[:, :, None] * np.eye(16, dtype=np.float32)
 
 
+def diagonal_of_all_of_float32(rng: np.random.Generator, problem: Problem) -> Array:
+    """Terms so far apart that pairs of float64 hold few of them."""
+    blocks = problem.hessian_shape[-3]
+    return all_of_float32(rng, 16 * blocks).reshape(blocks, 16, 1) * np.eye(16, dtype=np.float32)
+
+
 def integer_forms(rng: np.random.Generator, problem: Problem) -> Array:
     """A^T A of small integers: quadratic forms that tie."""
     a = rng.integers(-1, 2, (problem.hessian_shape[-3], 16, 16))
@@ -163,6 +169,7 @@ def stacked(rng: np.random.Generator, problem: Problem) -> Array:
 HESSIANS: dict[str, Callable[[np.random.Generator, Problem], Array]] = {
     "identity": common_factor(0),
     "diagonal": diagonal,
+    "all-of-float32": diagonal_of_all_of_float32,
     "common-0.5": common_factor(0.5),
     "common-0.9": common_factor(0.9),
     "all-ones": common_factor(1),

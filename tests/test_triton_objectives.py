@@ -65,6 +65,15 @@ def test_case(case: ObjectiveCase, engine: Engine) -> None:
     check(engine, case.weight(ROWS), **case.options(ROWS))
 
 
+@pytest.mark.parametrize("name", ["importance", "hessian"])
+def test_what_pairs_of_float64_cannot_tell_apart(name: str, engine: Engine) -> None:
+    """The largest importance ties at a scale and its double, and one smaller by 2^200 decides."""
+    case = BY_NAME[f"normal/{name}-all-of-float32"]
+    weight, given = case.weight(24), case.options(24)[name]
+    given = given[32:48] if name == "importance" else given[2:3]
+    check(engine, weight[[4, 11], 32:48], global_amax=float(np.abs(weight).max()), **{name: given})
+
+
 def integer_forms(rng: np.random.Generator, *shape: int) -> Any:
     """A^T A in small integers, which float32 holds exactly."""
     a = rng.integers(-1, 2, (*shape, 16, 16))
