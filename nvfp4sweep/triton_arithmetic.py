@@ -42,19 +42,27 @@ def add_pairs(a_high, a_low, b_high, b_low):
     return two_sum(high, (a_low + b_low) + carry)
 
 
-# --- the sign of a sum (theorem 9): term by term, its leading bits first, until they decide -----------------
+# --- the sign of a sum of products h u (v + v_rest) (theorem 9) ---------------------------------------------
 #
-# A turn takes of each term what lies between two powers of two, a multiple of the lower one, `unit`: such
-# multiples are few enough bits that float64 sums them exactly. `rest` is the largest that any term has left;
-# the next unit lies so far below it.
+# Mostly a float64 sum knows it. Else the terms are taken in turns, their leading bits first: what lies
+# between two powers of two, a multiple of the lower one, `unit`. Float64 sums such multiples exactly. `rest`
+# is the largest that any term has left; the next unit lies so far below it.
 
-# Of a product of three float64s, one with a rest. They are taken one at a time: more take more registers.
+# Of a product. They are taken one at a time: more take more registers.
 TERMS = tl.constexpr(8)
 # More than any sum here has terms: so many an element of a block of 2^18.
 MOST_TERMS = tl.constexpr(2.0**21)
-# Above twice every term, so that the first turn only finds the largest.
+# More than all roundings of a float64 sum of 2^18 products come to, relative to their sizes.
+ROUNDED = tl.constexpr(2.0**-34)
+# Above twice every term.
 FIRST_UNIT = tl.constexpr(2.0**500)
 BITS_A_TURN = tl.constexpr(27)
+
+
+@triton.jit
+def is_unknown(total, size):
+    """Of the sign of a float64 sum of products of these sizes. No products are an exact 0."""
+    return (size > 0.0) & ~(tl.abs(total) > size * ROUNDED)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from nvfp4sweep.triton_blocks import (
     store_amax_and_code,
     store_packed,
 )
-from nvfp4sweep.triton_hessian_exact import form_and_size, settle
+from nvfp4sweep.triton_hessian_exact import form_and_size, have_same_points, settle
 from nvfp4sweep.triton_hessian_tables import (
     EXCESS,
     FLUSHED,
@@ -44,62 +44,64 @@ LARGEST_PEAK = tl.constexpr(proofs.GREATEST_WEIGHTED_PEAK)
 UNDERFLOW = tl.constexpr(2.0**-113)
 # Covers the rounding of a certificate.
 CERTIFIED = tl.constexpr(1.0 + 2.0**-16)
+# Inverse scales on either side of the true one.
+BELOW = tl.constexpr(1.0 - 2.0**-22)
+ABOVE = tl.constexpr(1.0 + 2.0**-22)
 # The scale of absmax's code, and 4M, in terms of M / 3.5.
 ABSMAX = tl.constexpr(3.5 / 6 * (1 + 2.0**-20))
 ALL_ZERO = tl.constexpr(3.5 * 4 * (1 + 2.0**-20))
 
 
 @triton.jit
-def _residuals(w, rounder, scale):
-    """w - q s at one (-scale, -1 / scale), for |w| up to 7 scales; q may be beside the nearest point."""
-    residuals = ()
+def _points(w, rounder, scale):
+    """q at one (-scale, -1 / scale), and bits that are 0 if all are nearest points and none ties.
+
+    For |w| up to 7 scales; beyond them q may be anything from 5 up.
+    """
+    below, above = scale[1] * BELOW, scale[1] * ABOVE
+    points = ()
+    doubt = tl.zeros(scale[0].shape, tl.int32)
     for i in tl.static_range(16):
-        q = rounder[i] - fma(w[i], scale[1], rounder[i])
-        residuals = residuals + (fma(q, scale[0], w[i]),)
-    return residuals
+        # Rounding is monotone, and the two lie on either side of w / scale.
+        rounded = fma(w[i], below, rounder[i])
+        again = fma(w[i], above, rounder[i])
+        doubt = doubt | (rounded.to(tl.int32, bitcast=True) ^ again.to(tl.int32, bitcast=True))
+        points = points + (rounder[i] - rounded,)
+    # The mask removes nothing. Without it LLVM makes sixteen comparisons of it.
+    return points, doubt & 0x7FFFFFFF
 
 
 @triton.jit
-def _cut_residuals(w, rounder, scale):
-    """As _residuals for any |w|: of 6 beyond 6. And those residuals, 0 there."""
-    residuals = ()
-    within = ()
+def _cut(points):
+    cut = ()
     for i in tl.static_range(16):
-        q = rounder[i] - fma(w[i], scale[1], rounder[i])
-        cut = tl.minimum(tl.maximum(q, -6.0), 6.0)
-        residual = fma(cut, scale[0], w[i])
-        residuals = residuals + (residual,)
-        within = within + (tl.where(cut == q, residual, 0.0),)
-    return residuals, within
+        cut = cut + (tl.minimum(tl.maximum(points[i], -6.0), 6.0),)
+    return cut
 
 
 @triton.jit
-def _is_doubtful(residuals, rounder, negative_scale):
-    """Whether an element's point may not be the nearest one, or a tie: its residual reaches half a step."""
-    worst = tl.zeros_like(negative_scale)
+def _exact_points(w, rounder, scale):
+    """Always the nearest point, in a tie that of the even code; 6 beyond 6."""
+    below, above = scale[1] * BELOW, scale[1] * ABOVE
+    points = ()
     for i in tl.static_range(16):
-        # From 2^22 a rounder's step is a half, and so the inverse of half a step is 4; and so on by octaves.
-        octaves = (149 << 23) - (rounder[i].to(tl.int32, bitcast=True) & 0x7F800000)
-        inverse_half_step = ((129 << 23) + octaves).to(tl.float32, bitcast=True)
-        worst = tl.maximum(worst, tl.abs(residuals[i]) * inverse_half_step)
-    return worst >= 0.0 - negative_scale
+        low = rounder[i] - fma(w[i], below, rounder[i])
+        high = rounder[i] - fma(w[i], above, rounder[i])
+        both = low + high
+        beyond = fma(both, 0.5 * scale[0], w[i])  # their midpoint: of the sign of w, exactly
+        beyond = tl.where(w[i] < 0.0, 0.0 - beyond, beyond)
+        # Of the midpoints .25, .75, 1.25, 1.75, 2.5, 3.5 and 5 these have the even code above.
+        even_above = (both.to(tl.int32, bitcast=True) & 0x400000) != 0
+        q = tl.where((beyond > 0.0) | ((beyond == 0.0) & even_above), high, low)
+        points = points + (tl.minimum(tl.maximum(q, -6.0), 6.0),)
+    return points
 
 
 @triton.jit
-def _exact_residuals(w, rounder, scale):
-    """As _residuals, always of the nearest point, in a tie that of the even code; of 6 beyond 6."""
+def _residuals(w, points, scale):
     residuals = ()
     for i in tl.static_range(16):
-        q = rounder[i] - fma(w[i], scale[1], rounder[i])
-        residual = fma(q, scale[0], w[i])  # exact, where it is close to half a step
-        exponent = rounder[i].to(tl.int32, bitcast=True) & 0x7F800000
-        half_step = (exponent - (24 << 23)).to(tl.float32, bitcast=True)
-        distance = tl.abs(residual) + half_step * scale[0]
-        odd = ((q.to(tl.int32, bitcast=True) & 0x400000) != 0) | (tl.abs(q) == 0.5)
-        step = tl.where(residual < 0.0, -2.0, 2.0) * half_step
-        q = tl.where((distance > 0.0) | ((distance == 0.0) & odd), q + step, q)
-        q = tl.minimum(tl.maximum(q, -6.0), 6.0)
-        residuals = residuals + (fma(q, scale[0], w[i]),)
+        residuals = residuals + (fma(points[i], scale[0], w[i]),)
     return residuals
 
 
@@ -115,26 +117,16 @@ def _squares(residuals, row_sums):
 
 
 @triton.jit
-def _forms(residuals, pairs, T: tl.constexpr):
-    """r^T H r of several residuals, which share what is loaded: the diagonal and twice the rest of H."""
-    h = load_shared(pairs, 136)
-    results = ()
-    for n in tl.static_range(len(residuals)):
-        results = results + (tl.zeros([T], tl.float32),)
+def _form(residuals, hessian, T: tl.constexpr):
+    """r^T H r: the diagonal and twice the rest of H."""
+    h = load_shared(hessian + PAIRS, 136, T)
+    result = tl.zeros([T], tl.float32)
     for i in tl.static_range(16):
-        rows = ()
-        for n in tl.static_range(len(residuals)):
-            rows = rows + (h[pair_index(i, i)] * residuals[n][i],)
+        row = h[pair_index(i, i)] * residuals[i]
         for j in tl.static_range(i + 1, 16):
-            further = ()
-            for n in tl.static_range(len(residuals)):
-                further = further + (fma(h[pair_index(i, j)], residuals[n][j], rows[n]),)
-            rows = further
-        further = ()
-        for n in tl.static_range(len(residuals)):
-            further = further + (fma(rows[n], residuals[n][i], results[n]),)
-        results = further
-    return results
+            row = fma(h[pair_index(i, j)], residuals[j], row)
+        result = fma(row, residuals[i], result)
+    return result
 
 
 @triton.jit
@@ -157,39 +149,41 @@ def _keep_best(error, margin, code, best, second):
 
 
 @triton.jit
+def _opaque(hessian, turn):
+    """The same pointer, which the compiler cannot know: or it would load a whole Hessian before a loop, into
+    more registers than there are. `turn` counts from 0."""
+    return hessian + 4 * tl.minimum(turn, 0)
+
+
+@triton.jit
+def _try_code(w, rounder, peak, code, allowed, tables, hessian, row_sums, fraction, floor, best, second,
+              T: tl.constexpr):  # fmt: skip
+    scale = load_pair(tables + 2 * code)
+    points, doubt = _points(w, rounder, scale)
+    if any_of(allowed & (peak > 0.0 - CLIPPING_RATIO * scale[0])):
+        points = _cut(points)
+    if any_of(allowed & (doubt != 0)):
+        points = _exact_points(w, rounder, scale)
+    residuals = _residuals(w, points, scale)
+    size = _squares(residuals, row_sums)
+    wanted = allowed & ~(fraction * size > (best[0] + best[1]) * CERTIFIED)
+    if any_of(wanted):
+        error = tl.where(wanted, _form(residuals, hessian, T), float("inf"))
+        best, second = _keep_best(error, size * MARGIN + floor, code, best, second)
+    return best, second
+
+
+@triton.jit
 def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, row_sums, fraction, floor, best,
                second, T: tl.constexpr):  # fmt: skip
     """Try three codes, normal ones, from first_code, but none beyond last_code."""
     first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE - 2)
-    scales = tables + 2 * first
-    rounder = shared_rounder(magnitude, tl.load(scales + 3))
-    bound = (best[0] + best[1]) * CERTIFIED
-    all_residuals = ()
-    sizes = ()
-    wanted = ()
-    any_wanted = first < 0
-    for n in tl.static_range(3):
-        scale = load_pair(scales + 2 * n)
-        residuals = _residuals(w, rounder, scale)
+    rounder = shared_rounder(magnitude, tl.load(tables + 2 * first + 3))
+    # A loop: an instruction cache holds one code's, not three.
+    for n in range(3):
         allowed = (first + n >= first_code) & (first + n <= last_code)
-        if any_of(allowed & (peak > 0.0 - CLIPPING_RATIO * scale[0])):
-            residuals, within = _cut_residuals(w, rounder, scale)
-            doubtful = _is_doubtful(within, rounder, scale[0])
-        else:
-            doubtful = _is_doubtful(residuals, rounder, scale[0])
-        if any_of(allowed & doubtful):
-            residuals = _exact_residuals(w, rounder, scale)
-        size = _squares(residuals, row_sums)
-        want = allowed & ~(fraction * size > bound)
-        any_wanted = any_wanted | want
-        all_residuals = all_residuals + (residuals,)
-        sizes = sizes + (size,)
-        wanted = wanted + (want,)
-    if any_of(any_wanted):
-        errors = _forms(all_residuals, hessian + PAIRS, T)
-        for n in tl.static_range(3):
-            error = tl.where(wanted[n], errors[n], float("inf"))
-            best, second = _keep_best(error, sizes[n] * MARGIN + floor, first + n, best, second)
+        best, second = _try_code(w, rounder, peak, first + n, allowed, tables, _opaque(hessian, n), row_sums,
+                                 fraction, floor, best, second, T)  # fmt: skip
     return best, second
 
 
@@ -207,16 +201,9 @@ def _flat(magnitude, row_sums, negative_scale):
 @triton.jit
 def _norm(w, hessian, floor, T: tl.constexpr):
     """(N, P0) of theorem 12."""
-    size = _squares(w, load_shared(hessian + ROW_SUMS, 16))
-    form = _forms((w,), hessian + PAIRS, T)[0]
+    size = _squares(w, load_shared(hessian + ROW_SUMS, 16, T))
+    form = _form(w, hessian, T)
     return tl.sqrt(tl.maximum(form - (size * MARGIN + floor), 0.0)), size
-
-
-@triton.jit
-def _opaque(hessian, turn):
-    """The same pointer, which the compiler cannot know: or it would load a whole Hessian before a loop, into
-    more registers than there are. `turn` counts from 0."""
-    return hessian + 4 * tl.minimum(turn, 0)
 
 
 @triton.jit
@@ -254,7 +241,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     while any_of(goes_on):
         here = _opaque(hessian, turn)
         turn += 1
-        row_sums = load_shared(here + ROW_SUMS, 16)
+        row_sums = load_shared(here + ROW_SUMS, 16, T)
         first_code = tl.where(falling == 0, edge, tl.maximum(edge - 3, lowest))
         last_code = tl.where(falling == 0, top, edge - 1)
         last_code = tl.where(goes_on, last_code, 0)
@@ -288,8 +275,11 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
                 OVERLAP: tl.constexpr):  # fmt: skip
     row = tile.to(tl.int64) * T + tl.arange(0, T)
     inside = row < n_rows
-    outer, column = row // inner, row % inner
-    blocks = weight + outer * (outer_stride * VECTOR) + column * inner_stride
+    outer, column = row, row * 0
+    blocks = weight + row * (outer_stride * VECTOR)
+    if INNER:
+        outer, column = row // inner, row % inner
+        blocks = weight + outer * (outer_stride * VECTOR) + column * inner_stride
 
     loaded = load_16(blocks, inside, 0, step, 16, VECTOR, T)
     w = ()
@@ -310,6 +300,11 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
     near = second[0] <= possible
     crowded = second[2] <= possible
     undecided = inside & (near | ~complete | ~screened)
+    two = screened & complete & near & ~crowded
+    if any_of(two):  # as a rule a scale and its double, with the same points
+        tie = have_same_points(blocks, two, step, tables, found, second[1], T)
+        found = tl.where(tie, tl.minimum(found, second[1]), found)
+        undecided = undecided & ~tie
     if any_of(undecided):
         # What is compared exactly is one code and a range of them. All of them:
         _, last_of_all = code_window(peak, tables, min_code, MAX_CODE)  # by theorem 3, or all without bounds
@@ -319,7 +314,6 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
         single = tl.where(tried, first, single)
         lower = tl.where(tried, first + 1, lower)
         # Two of those:
-        two = tried & ~crowded
         single = tl.where(two, tl.minimum(found, second[1]), single)
         lower = tl.where(two, tl.maximum(found, second[1]), lower)
         upper = tl.where(two, lower, upper)

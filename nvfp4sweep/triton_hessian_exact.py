@@ -7,7 +7,15 @@ import triton
 import triton.language as tl
 
 from nvfp4sweep import window as proofs
-from nvfp4sweep.triton_arithmetic import FIRST_UNIT, TERMS, add_term, is_open, two_sum, unit_below
+from nvfp4sweep.triton_arithmetic import (
+    FIRST_UNIT,
+    TERMS,
+    add_term,
+    is_open,
+    is_unknown,
+    two_sum,
+    unit_below,
+)
 from nvfp4sweep.triton_blocks import any_of, nearest_point, point_thresholds
 from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
@@ -47,39 +55,60 @@ def form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T: tl.con
 
 
 @triton.jit
-def _points(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds):
-    """w_i, and q s at two scales."""
+def _factors(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds):
+    """u, and v with its rest, of element i (theorem 9)."""
     w_i = _load(blocks, inside, step, i)
-    return w_i, _dequantized(w_i, scale, thresholds), _dequantized(w_i, other_scale, other_thresholds)
+    point = _dequantized(w_i, scale, thresholds)
+    other_point = _dequantized(w_i, other_scale, other_thresholds)
+    v, v_rest = two_sum(2.0 * w_i.to(tl.float64), 0.0 - (point + other_point))
+    return other_point - point, v, v_rest
+
+
+@triton.jit
+def have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr):
+    """Whether two codes have equal q s for all elements, and so equal errors."""
+    thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
+    scale, other_scale = 0.0 - tl.load(tables + 2 * code), 0.0 - tl.load(tables + 2 * other)
+    same = inside
+    for i in range(16):
+        u, _, _ = _factors(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds)
+        same = same & (u == 0.0)
+    return same
 
 
 @triton.jit
 def _difference(blocks, inside, step, tables, code, other, hessian, T: tl.constexpr):
-    """The error at `code` less that at `other`: what has the same sign (theorem 11)."""
+    """Of the sign that the error at `code` less that at `other` has."""
     thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
     scale, other_scale = 0.0 - tl.load(tables + 2 * code), 0.0 - tl.load(tables + 2 * other)
     h = hessian.to(tl.pointer_type(tl.float64), bitcast=True)
     total = tl.zeros([T], tl.float64)
-    unit = total + FIRST_UNIT
-    unit_before = unit
-    goes_on = inside
-    while any_of(goes_on):
+    size = total
+    for i in range(16):
+        u, _, _ = _factors(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds)
+        if any_of(inside & (u != 0.0)):
+            for j in range(16):
+                _, v, _ = _factors(blocks, inside, step, j, scale, thresholds, other_scale, other_thresholds)
+                product = tl.load(h + 16 * i + j) * u * v
+                total += product
+                size += tl.abs(product)
+    unknown = inside & is_unknown(total, size)
+    total = tl.where(unknown, 0.0, total)
+    unit_before = tl.full([T], FIRST_UNIT, tl.float64)
+    unit = unit_below(size)
+    while any_of(unknown):
         part = tl.zeros([T], tl.float64)
         rest = part
         for term in range(TERMS):
             for i in range(16):
-                _, point, other_point = _points(blocks, goes_on, step, i, scale, thresholds, other_scale,
-                                                other_thresholds)  # fmt: skip
-                u = other_point - point
-                if any_of(u != 0.0):
-                    for j in range(16):
-                        w_j, point, other_point = _points(blocks, goes_on, step, j, scale, thresholds,
-                                                          other_scale, other_thresholds)  # fmt: skip
-                        v, v_rest = two_sum(2.0 * w_j.to(tl.float64), 0.0 - (point + other_point))
-                        part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
-                                              unit_before)  # fmt: skip
-        total = tl.where(goes_on, total + part, total)
-        goes_on = goes_on & is_open(total, rest)
+                u, _, _ = _factors(blocks, unknown, step, i, scale, thresholds, other_scale, other_thresholds)
+                for j in range(16):
+                    _, v, v_rest = _factors(blocks, unknown, step, j, scale, thresholds, other_scale,
+                                            other_thresholds)  # fmt: skip
+                    part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
+                                          unit_before)  # fmt: skip
+        total = tl.where(unknown, total + part, total)
+        unknown = unknown & is_open(total, rest)
         unit_before = unit
         unit = unit_below(rest)
     return total

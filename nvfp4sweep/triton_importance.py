@@ -15,6 +15,7 @@ from nvfp4sweep.triton_arithmetic import (
     add_term,
     fma,
     is_open,
+    is_unknown,
     two_sum,
     unit_below,
 )
@@ -159,29 +160,44 @@ def _error_and_excess(blocks, importance, inside, ones, step, importance_step, s
 
 
 @triton.jit
+def _factors(blocks, importance, inside, ones, step, importance_step, i, scale, thresholds, other_scale,
+             other_thresholds):  # fmt: skip
+    """h, u, and v with its rest, of element i (theorem 9)."""
+    magnitude, weight = _element(blocks, importance, inside, ones, step, importance_step, i)
+    point = nearest_point(magnitude, thresholds).to(tl.float64) * scale
+    other_point = nearest_point(magnitude, other_thresholds).to(tl.float64) * other_scale
+    v, v_rest = two_sum(2.0 * magnitude.to(tl.float64), 0.0 - (point + other_point))
+    return weight, other_point - point, v, v_rest
+
+
+@triton.jit
 def _difference(blocks, importance, inside, ones, step, importance_step, tables, code, other, block_size,
                 T: tl.constexpr):  # fmt: skip
-    """The error at `code` less that at `other`: what has the same sign (theorem 9)."""
+    """Of the sign that the error at `code` less that at `other` has."""
     thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
     scale = (0.0 - tl.load(tables + 2 * code)).to(tl.float64)
     other_scale = (0.0 - tl.load(tables + 2 * other)).to(tl.float64)
     total = tl.zeros([T], tl.float64)
-    unit = total + FIRST_UNIT
-    unit_before = unit
-    goes_on = inside
-    while any_of(goes_on):
+    size = total
+    for i in range(block_size):
+        h, u, v, _ = _factors(blocks, importance, inside, ones, step, importance_step, i, scale, thresholds,
+                              other_scale, other_thresholds)  # fmt: skip
+        total += h * u * v
+        size += tl.abs(h * u * v)
+    unknown = inside & is_unknown(total, size)
+    total = tl.where(unknown, 0.0, total)
+    unit_before = tl.full([T], FIRST_UNIT, tl.float64)
+    unit = unit_below(size)
+    while any_of(unknown):
         part = tl.zeros([T], tl.float64)
         rest = part
         for term in range(TERMS):
             for i in range(block_size):
-                magnitude, weight = _element(blocks, importance, goes_on, ones, step, importance_step, i)
-                point = nearest_point(magnitude, thresholds).to(tl.float64) * scale
-                other_point = nearest_point(magnitude, other_thresholds).to(tl.float64) * other_scale
-                v, v_rest = two_sum(2.0 * magnitude.to(tl.float64), 0.0 - (point + other_point))
-                part, rest = add_term(part, rest, term, weight, other_point - point, v, v_rest, unit,
-                                      unit_before)  # fmt: skip
-        total = tl.where(goes_on, total + part, total)
-        goes_on = goes_on & is_open(total, rest)
+                h, u, v, v_rest = _factors(blocks, importance, unknown, ones, step, importance_step, i, scale,
+                                           thresholds, other_scale, other_thresholds)  # fmt: skip
+                part, rest = add_term(part, rest, term, h, u, v, v_rest, unit, unit_before)
+        total = tl.where(unknown, total + part, total)
+        unknown = unknown & is_open(total, rest)
         unit_before = unit
         unit = unit_below(rest)
     return total
