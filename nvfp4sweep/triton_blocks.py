@@ -85,12 +85,13 @@ def load_16(blocks, inside, top, step, BLOCK_SIZE: tl.constexpr, VECTOR: tl.cons
 
 
 @triton.jit
-def load_shared(pointer, N: tl.constexpr, T: tl.constexpr):
-    """N floats, a multiple of four, that all threads share, four a load: they are 16 bytes aligned."""
+def load_shared(pointer, N: tl.constexpr):
+    """N floats, an even number, that all threads share, two a load: they are 8 bytes aligned."""
     values = ()
-    start = pointer + tl.zeros([T, 1], tl.int32)
-    for i in tl.static_range(0, N, 4):
-        values = values + _split(tl.load(start + (i + tl.arange(0, 4))[None, :]), T, 4)
+    for i in tl.static_range(0, N, 2):
+        two = tl.load((pointer + i).to(tl.pointer_type(tl.int64), bitcast=True))
+        low, high = two.to(tl.int32), (two >> 32).to(tl.int32)
+        values = values + (low.to(tl.float32, bitcast=True), high.to(tl.float32, bitcast=True))
     return values
 
 

@@ -1,8 +1,8 @@
 """CUDA: the sweep with block Hessians (theorems 10 and 11 in window.py).
 
 The blocks of a tile lie at the same place along the axis, so that they share a Hessian. A block in each
-thread. Codes are tried from the one that absmax would take: upwards, three at a time, then downwards, each
-way until a certificate.
+thread. Codes are tried from the one that absmax would take: upwards, one after another, then downwards, each
+way until a certificate, which is looked for after every third.
 """
 
 import triton
@@ -72,14 +72,6 @@ def _points(w, rounder, scale):
 
 
 @triton.jit
-def _cut(points):
-    cut = ()
-    for i in tl.static_range(16):
-        cut = cut + (tl.minimum(tl.maximum(points[i], -6.0), 6.0),)
-    return cut
-
-
-@triton.jit
 def _exact_points(w, rounder, scale):
     """Always the nearest point, in a tie that of the even code; 6 beyond 6."""
     below, above = scale[1] * BELOW, scale[1] * ABOVE
@@ -119,7 +111,7 @@ def _squares(residuals, row_sums):
 @triton.jit
 def _form(residuals, hessian, T: tl.constexpr):
     """r^T H r: the diagonal and twice the rest of H."""
-    h = load_shared(hessian + PAIRS, 136, T)
+    h = load_shared(hessian + PAIRS, 136)
     result = tl.zeros([T], tl.float32)
     for i in tl.static_range(16):
         row = h[pair_index(i, i)] * residuals[i]
@@ -160,9 +152,8 @@ def _try_code(w, rounder, peak, code, allowed, tables, hessian, row_sums, fracti
               T: tl.constexpr):  # fmt: skip
     scale = load_pair(tables + 2 * code)
     points, doubt = _points(w, rounder, scale)
-    if any_of(allowed & (peak > 0.0 - CLIPPING_RATIO * scale[0])):
-        points = _cut(points)
-    if any_of(allowed & (doubt != 0)):
+    # One branch for both takes less time than one for each.
+    if any_of(allowed & ((doubt != 0) | (peak > 0.0 - CLIPPING_RATIO * scale[0]))):
         points = _exact_points(w, rounder, scale)
     residuals = _residuals(w, points, scale)
     size = _squares(residuals, row_sums)
@@ -201,7 +192,7 @@ def _flat(magnitude, row_sums, negative_scale):
 @triton.jit
 def _norm(w, hessian, floor, T: tl.constexpr):
     """(N, P0) of theorem 12."""
-    size = _squares(w, load_shared(hessian + ROW_SUMS, 16, T))
+    size = _squares(w, load_shared(hessian + ROW_SUMS, 16))
     form = _form(w, hessian, T)
     return tl.sqrt(tl.maximum(form - (size * MARGIN + floor), 0.0)), size
 
@@ -241,7 +232,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     while any_of(goes_on):
         here = _opaque(hessian, turn)
         turn += 1
-        row_sums = load_shared(here + ROW_SUMS, 16, T)
+        row_sums = load_shared(here + ROW_SUMS, 16)
         first_code = tl.where(falling == 0, edge, tl.maximum(edge - 3, lowest))
         last_code = tl.where(falling == 0, top, edge - 1)
         last_code = tl.where(goes_on, last_code, 0)
