@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from nvfp4sweep.triton_blocks import any_of
+
 # The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 VELTKAMP = tl.constexpr(2.0**27 + 1)
@@ -78,10 +80,14 @@ def _to_multiple(x, unit):
 def add_term(part, rest, term, h, u, v, v_rest, unit, unit_before):
     """A turn's `part` and `rest`, with this one of the TERMS of h u (v + v_rest)."""
     scaled, scaled_rest = two_product(h, u)
-    high, low = two_product(tl.where(term & 4 == 0, scaled, scaled_rest), tl.where(term & 2 == 0, v, v_rest))
-    value = tl.where(term & 1 == 0, high, low)
-    rounded = _to_multiple(value, unit)
-    return part + (rounded - _to_multiple(value, unit_before)), tl.maximum(rest, tl.abs(value - rounded))
+    a, b = tl.where(term & 4 == 0, scaled, scaled_rest), tl.where(term & 2 == 0, v, v_rest)
+    if any_of((a != 0.0) & (b != 0.0)):  # seldom but of the first two
+        high, low = two_product(a, b)
+        value = tl.where(term & 1 == 0, high, low)
+        rounded = _to_multiple(value, unit)
+        part += rounded - _to_multiple(value, unit_before)
+        rest = tl.maximum(rest, tl.abs(value - rounded))
+    return part, rest
 
 
 @triton.jit

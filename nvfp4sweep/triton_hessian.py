@@ -1,8 +1,8 @@
 """CUDA: the sweep with block Hessians (theorems 10 and 11 in window.py).
 
 The blocks of a tile lie at the same place along the axis, so that they share a Hessian. A block in each
-thread. Codes are tried from the one that absmax would take: upwards, one after another, then downwards, each
-way until a certificate, which is looked for after every third.
+thread. Codes are tried two at a time from the one below that of absmax: upwards, then downwards, each way
+until a certificate.
 """
 
 import triton
@@ -47,9 +47,21 @@ CERTIFIED = tl.constexpr(1.0 + 2.0**-16)
 # Inverse scales on either side of the true one.
 BELOW = tl.constexpr(1.0 - 2.0**-22)
 ABOVE = tl.constexpr(1.0 + 2.0**-22)
+# A walk up asks for a certificate after so many turns of two codes: a warp hardly ever needs fewer.
+FIRST_TURNS = tl.constexpr(6)
 # The scale of absmax's code, and 4M, in terms of M / 3.5.
 ABSMAX = tl.constexpr(3.5 / 6 * (1 + 2.0**-20))
 ALL_ZERO = tl.constexpr(3.5 * 4 * (1 + 2.0**-20))
+
+
+@triton.jit
+def _with_signs(rounder, w):
+    """Of the sign of w: a sum of a rounder and |w| / s may enter a binade that the rounder is not in."""
+    signed = ()
+    for i in tl.static_range(16):
+        sign = w[i].to(tl.int32, bitcast=True) & -(2**31)
+        signed = signed + ((rounder[i].to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True),)
+    return signed
 
 
 @triton.jit
@@ -109,16 +121,21 @@ def _squares(residuals, row_sums):
 
 
 @triton.jit
-def _form(residuals, hessian, T: tl.constexpr):
-    """r^T H r: the diagonal and twice the rest of H."""
+def _forms(residuals, hessian, T: tl.constexpr):
+    """r^T H r of each: the diagonal and twice the rest of H."""
     h = load_shared(hessian + PAIRS, 136)
-    result = tl.zeros([T], tl.float32)
+    results = ()
+    for n in tl.static_range(len(residuals)):
+        results = results + (tl.zeros([T], tl.float32),)
     for i in tl.static_range(16):
-        row = h[pair_index(i, i)] * residuals[i]
-        for j in tl.static_range(i + 1, 16):
-            row = fma(h[pair_index(i, j)], residuals[j], row)
-        result = fma(row, residuals[i], result)
-    return result
+        sums = ()
+        for n in tl.static_range(len(residuals)):
+            row = h[pair_index(i, i)] * residuals[n][i]
+            for j in tl.static_range(i + 1, 16):
+                row = fma(h[pair_index(i, j)], residuals[n][j], row)
+            sums = sums + (fma(row, residuals[n][i], results[n]),)
+        results = sums
+    return results
 
 
 @triton.jit
@@ -148,33 +165,38 @@ def _opaque(hessian, turn):
 
 
 @triton.jit
-def _try_code(w, rounder, peak, code, allowed, tables, hessian, row_sums, fraction, floor, best, second,
-              T: tl.constexpr):  # fmt: skip
-    scale = load_pair(tables + 2 * code)
+def _residuals_at(w, rounder, peak, scale, allowed):
     points, doubt = _points(w, rounder, scale)
     # One branch for both takes less time than one for each.
     if any_of(allowed & ((doubt != 0) | (peak > 0.0 - CLIPPING_RATIO * scale[0]))):
         points = _exact_points(w, rounder, scale)
-    residuals = _residuals(w, points, scale)
-    size = _squares(residuals, row_sums)
-    wanted = allowed & ~(fraction * size > (best[0] + best[1]) * CERTIFIED)
-    if any_of(wanted):
-        error = tl.where(wanted, _form(residuals, hessian, T), float("inf"))
-        best, second = _keep_best(error, size * MARGIN + floor, code, best, second)
-    return best, second
+    return _residuals(w, points, scale)
 
 
 @triton.jit
 def _try_codes(w, magnitude, peak, first_code, last_code, tables, hessian, row_sums, fraction, floor, best,
                second, T: tl.constexpr):  # fmt: skip
-    """Try three codes, normal ones, from first_code, but none beyond last_code."""
-    first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE - 2)
-    rounder = shared_rounder(magnitude, tl.load(tables + 2 * first + 3))
-    # A loop: an instruction cache holds one code's, not three.
-    for n in range(3):
+    """Try two codes, normal ones, from first_code, but none beyond last_code.
+
+    They share a rounder and what is loaded of the Hessian.
+    """
+    first = tl.minimum(tl.maximum(first_code, 1), MAX_CODE - 1)
+    scales = (load_pair(tables + 2 * first), load_pair(tables + 2 * first + 2))
+    rounder = _with_signs(shared_rounder(magnitude, scales[1][1]), w)
+    residuals = ()
+    sizes = ()
+    wanted = ()
+    bound = (best[0] + best[1]) * CERTIFIED
+    for n in tl.static_range(2):
         allowed = (first + n >= first_code) & (first + n <= last_code)
-        best, second = _try_code(w, rounder, peak, first + n, allowed, tables, _opaque(hessian, n), row_sums,
-                                 fraction, floor, best, second, T)  # fmt: skip
+        residuals = residuals + (_residuals_at(w, rounder, peak, scales[n], allowed),)
+        sizes = sizes + (_squares(residuals[n], row_sums),)
+        wanted = wanted + (allowed & ~(fraction * sizes[n] > bound),)
+    if any_of(wanted[0] | wanted[1]):
+        forms = _forms(residuals, hessian, T)
+        for n in tl.static_range(2):
+            error = tl.where(wanted[n], forms[n], float("inf"))
+            best, second = _keep_best(error, sizes[n] * MARGIN + floor, first + n, best, second)
     return best, second
 
 
@@ -193,7 +215,7 @@ def _flat(magnitude, row_sums, negative_scale):
 def _norm(w, hessian, floor, T: tl.constexpr):
     """(N, P0) of theorem 12."""
     size = _squares(w, load_shared(hessian + ROW_SUMS, 16))
-    form = _form(w, hessian, T)
+    form = _forms((w,), hessian, T)[0]
     return tl.sqrt(tl.maximum(form - (size * MARGIN + floor), 0.0)), size
 
 
@@ -207,7 +229,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     screens = peak * tl.load(tables + SCREEN_UPPER)
     # From the first normal code up neighbouring codes may share a rounder.
     lowest = tl.maximum(min_code, FIRST_NORMAL_CODE)
-    start = tl.maximum(tl.minimum(code_at_least(screens * ABSMAX), MAX_CODE + 1) - 3, lowest)
+    start = tl.maximum(tl.minimum(code_at_least(screens * ABSMAX), MAX_CODE + 1) - 1, lowest)
     top = tl.minimum(tl.maximum(code_at_least(screens * ALL_ZERO), min_code), MAX_CODE)
     floor = peak * peak * FLUSHED + UNDERFLOW
     infinite = tl.full(peak.shape, float("inf"), tl.float32)
@@ -222,7 +244,7 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
     if fraction == 0.0:
         norm, total = _norm(w, hessian, floor, T)
 
-    # Three codes a turn: up from `start` to a certificate, then down from there.
+    # Two codes a turn: up from `start` to a certificate, then down from there.
     falling = tl.full([], 0, tl.int32)
     turn = falling
     edge = start  # the first code beyond those tried, in the first half; then the last one tried
@@ -233,17 +255,18 @@ def find_best(w, magnitude, peak, inside, tables, hessian, min_code, T: tl.const
         here = _opaque(hessian, turn)
         turn += 1
         row_sums = load_shared(here + ROW_SUMS, 16)
-        first_code = tl.where(falling == 0, edge, tl.maximum(edge - 3, lowest))
+        first_code = tl.where(falling == 0, edge, tl.maximum(edge - 2, lowest))
         last_code = tl.where(falling == 0, top, edge - 1)
         last_code = tl.where(goes_on, last_code, 0)
         best, second = _try_codes(w, magnitude, peak, first_code, last_code, tables, here, row_sums, fraction,
                                   floor, best, second, T)  # fmt: skip
         bound = (best[0] + best[1]) * CERTIFIED
-        edge = tl.where(goes_on, tl.where(falling == 0, edge + 3, first_code), edge)
+        edge = tl.where(goes_on, tl.where(falling == 0, edge + 2, first_code), edge)
         if falling == 0:
-            next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(edge, 1), MAX_CODE))
-            flat = _flat(magnitude, row_sums, next_scale)
-            goes_on = goes_on & (edge <= top) & ~(fraction * flat > bound)
+            goes_on = goes_on & (edge <= top)
+            if turn >= FIRST_TURNS:
+                next_scale = tl.load(tables + 2 * tl.minimum(tl.maximum(edge, 1), MAX_CODE))
+                goes_on = goes_on & ~(fraction * _flat(magnitude, row_sums, next_scale) > bound)
             if ~any_of(goes_on):
                 falling += 1
                 last = tl.minimum(edge - 1, top)

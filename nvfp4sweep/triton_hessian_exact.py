@@ -99,14 +99,15 @@ def _difference(blocks, inside, step, tables, code, other, hessian, T: tl.conste
     while any_of(unknown):
         part = tl.zeros([T], tl.float64)
         rest = part
-        for term in range(TERMS):
-            for i in range(16):
-                u, _, _ = _factors(blocks, unknown, step, i, scale, thresholds, other_scale, other_thresholds)
+        for i in range(16):
+            u, _, _ = _factors(blocks, unknown, step, i, scale, thresholds, other_scale, other_thresholds)
+            if any_of(u != 0.0):
                 for j in range(16):
                     _, v, v_rest = _factors(blocks, unknown, step, j, scale, thresholds, other_scale,
                                             other_thresholds)  # fmt: skip
-                    part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
-                                          unit_before)  # fmt: skip
+                    for term in range(TERMS):
+                        part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
+                                              unit_before)  # fmt: skip
         total = tl.where(unknown, total + part, total)
         unknown = unknown & is_open(total, rest)
         unit_before = unit

@@ -43,12 +43,12 @@ def _is_definite(a, row, column):
     """Whether all pivots of a symmetric float64 [16, 16] are positive."""
     definite = tl.full([], 1, tl.int32)
     for k in range(16):
+        # Its column too, since all that is done to it keeps it symmetric.
         of_row = tl.sum(tl.where(row == k, a, 0.0), axis=0)
-        of_column = tl.sum(tl.where(column == k, a, 0.0), axis=1)
         pivot = tl.sum(tl.where(tl.arange(0, 16) == k, of_row, 0.0), axis=0)
         definite = tl.where(pivot > LEAST_PIVOT, definite, 0)
-        pivot = tl.where(pivot > LEAST_PIVOT, pivot, 1.0)
-        a = a - (of_column / pivot)[:, None] * of_row[None, :]
+        reciprocal = 1.0 / tl.where(pivot > LEAST_PIVOT, pivot, 1.0)
+        a = a - (of_row[:, None] * of_row[None, :]) * reciprocal
     return definite
 
 

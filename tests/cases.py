@@ -11,6 +11,8 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from nvfp4sweep.formats import E2M1_VALUES, E4M3_VALUES
+
 Array = npt.NDArray[Any]
 COLUMNS = 96
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -78,6 +80,20 @@ def near_midpoints(rng: np.random.Generator, rows: int) -> Array:
     return w.astype(np.float32)
 
 
+def rounder_edges(rng: np.random.Generator, rows: int) -> Array:
+    """Blocks of points of one scale, E4M3 values, but for seven of 2 or 4 times that or the next scale over
+    1.008, and a few float32 steps less: where a rounder that codes share enters its next binade."""
+    values = E4M3_VALUES.astype(np.float32)
+    blocks = rows * COLUMNS // 16
+    code = rng.integers(48, 118, blocks)
+    w = rng.choice(E2M1_VALUES, (blocks, 16)) * values[code, None]
+    w[:, 0] = 6 * values[code]
+    edge = rng.choice([2.0, 4.0], (blocks, 1)) * values[code + rng.integers(0, 2, blocks)][:, None] / 1.008
+    below = edge * (1 - rng.integers(-1, 5, (blocks, 7)) * 2.0**-24)
+    w[:, 9:] = below
+    return (w * rng.choice([-1.0, 1.0], w.shape)).reshape(rows, COLUMNS).astype(np.float32)
+
+
 def with_zero_blocks(rng: np.random.Generator, rows: int) -> Array:
     w = normal(rng, rows).reshape(rows, -1, 16)
     w[rng.random(w.shape[:2]) < 0.5] = 0.0
@@ -121,6 +137,7 @@ CASES = [
     Case("common-levels", from_levels(0, 1.5, 3, 6), {"global_amax": 5.25}),
     Case("common-levels-odd-amax", from_levels(0, 1.5, 3, 6), {"global_amax": 4.8125}),
     Case("near-midpoints", near_midpoints, {"global_amax": 2688.0}),
+    Case("rounder-edges", rounder_edges, {"global_amax": 2688.0}),
     Case("sparse", sparse),
     Case("sparse-bfloat16", lambda rng, rows: sparse(rng, rows).astype(ml_dtypes.bfloat16)),
     Case("one-large-element", one_large_element),

@@ -74,6 +74,11 @@ def test_what_pairs_of_float64_cannot_tell_apart(name: str, engine: Engine) -> N
     check(engine, weight[[4, 11], 32:48], global_amax=float(np.abs(weight).max()), **{name: given})
 
 
+def test_edges_of_rounders(engine: Engine) -> None:
+    case = BY_NAME["rounder-edges/hessian-common-0.5"]
+    check(engine, case.weight(32)[:, :16], **{**case.options(32), "hessian": case.options(32)["hessian"][:1]})
+
+
 def integer_forms(rng: np.random.Generator, *shape: int) -> Any:
     """A^T A in small integers, which float32 holds exactly."""
     a = rng.integers(-1, 2, (*shape, 16, 16))
