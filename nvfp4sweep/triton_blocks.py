@@ -12,6 +12,18 @@ def any_of(condition):
 
 
 @triton.jit
+def pick(x, thread):
+    """x where `thread` is true, which it is in one thread: of numbers, bits or pointers."""
+    if x.dtype.is_ptr():
+        address = tl.sum(tl.where(thread, x.to(tl.int64, bitcast=True), 0), axis=0)
+        return address.to(x.dtype, bitcast=True)
+    elif x.dtype == tl.int1:
+        return tl.max((x & thread).to(tl.int32), axis=0) > 0
+    else:
+        return tl.sum(tl.where(thread, x, 0), axis=0)
+
+
+@triton.jit
 def _split(x, T: tl.constexpr, N: tl.constexpr):
     """The N columns of [T, N] as N vectors [T]."""
     if N == 1:

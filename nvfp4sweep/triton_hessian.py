@@ -336,7 +336,7 @@ def _sweep_tile(weight, hessian, tables, amax, code, error, packed, tile, along,
         single = tl.where(rest, found, single)
         lower = tl.where(rest, min_code, lower)
         upper = tl.where(rest, first - 1, upper)
-        exact = settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T)
+        exact = settle(peak, blocks, undecided, step, tables, single, lower, upper, hessian, T)
         found = tl.where(undecided, exact, found)
 
     block = (outer * length_blocks + along) * inner + column

@@ -16,7 +16,7 @@ from nvfp4sweep.triton_arithmetic import (
     two_sum,
     unit_below,
 )
-from nvfp4sweep.triton_blocks import any_of, nearest_point, point_thresholds
+from nvfp4sweep.triton_blocks import any_of, nearest_point, pick, point_thresholds
 from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT64)
@@ -77,81 +77,101 @@ def have_same_points(blocks, inside, step, tables, code, other, T: tl.constexpr)
 
 
 @triton.jit
-def _difference(blocks, inside, step, tables, code, other, hessian, T: tl.constexpr):
-    """Of the sign that the error at `code` less that at `other` has."""
-    thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
+def _difference(block, step, tables, code, other, hessian, lane, T: tl.constexpr):
+    """Of the sign that a block's error at `code` less that at `other` has. A row of H in each thread."""
+    inside = lane < 16
+    blocks = block + lane * 0
+    codes, others = lane * 0 + code, lane * 0 + other
+    thresholds, other_thresholds = point_thresholds(tables, codes, T), point_thresholds(tables, others, T)
     scale, other_scale = 0.0 - tl.load(tables + 2 * code), 0.0 - tl.load(tables + 2 * other)
-    h = hessian.to(tl.pointer_type(tl.float64), bitcast=True)
-    total = tl.zeros([T], tl.float64)
-    size = total
-    for i in range(16):
-        u, _, _ = _factors(blocks, inside, step, i, scale, thresholds, other_scale, other_thresholds)
-        if any_of(inside & (u != 0.0)):
-            for j in range(16):
-                _, v, _ = _factors(blocks, inside, step, j, scale, thresholds, other_scale, other_thresholds)
-                product = tl.load(h + 16 * i + j) * u * v
-                total += product
-                size += tl.abs(product)
-    unknown = inside & is_unknown(total, size)
+    row = hessian.to(tl.pointer_type(tl.float64), bitcast=True) + lane * 16
+    u, _, _ = _factors(blocks, inside, step, lane, scale, thresholds, other_scale, other_thresholds)
+    sums = tl.zeros([T], tl.float64)
+    sizes = sums
+    for j in range(16):
+        _, v, _ = _factors(blocks, inside, step, j, scale, thresholds, other_scale, other_thresholds)
+        product = tl.load(row + j, mask=inside, other=0.0) * u * v
+        sums += product
+        sizes += tl.abs(product)
+    # In all threads alike, or the loop below would count as divergent.
+    none = tl.zeros([T], tl.float64)
+    total, size = none + tl.sum(sums, axis=0), none + tl.sum(sizes, axis=0)
+    unknown = is_unknown(total, size)
     total = tl.where(unknown, 0.0, total)
-    unit_before = tl.full([T], FIRST_UNIT, tl.float64)
+    unit_before = none + FIRST_UNIT
     unit = unit_below(size)
     while any_of(unknown):
-        part = tl.zeros([T], tl.float64)
-        rest = part
-        for i in range(16):
-            u, _, _ = _factors(blocks, unknown, step, i, scale, thresholds, other_scale, other_thresholds)
-            if any_of(u != 0.0):
-                for j in range(16):
-                    _, v, v_rest = _factors(blocks, unknown, step, j, scale, thresholds, other_scale,
-                                            other_thresholds)  # fmt: skip
-                    for term in range(TERMS):
-                        part, rest = add_term(part, rest, term, tl.load(h + 16 * i + j), u, v, v_rest, unit,
-                                              unit_before)  # fmt: skip
-        total = tl.where(unknown, total + part, total)
-        unknown = unknown & is_open(total, rest)
+        part, rest = none, none
+        for j in range(16):
+            h = tl.load(row + j, mask=inside, other=0.0)
+            _, v, v_rest = _factors(blocks, inside, step, j, scale, thresholds, other_scale,
+                                    other_thresholds)  # fmt: skip
+            for term in range(TERMS):
+                part, rest = add_term(part, rest, term, h, u, v, v_rest, unit, unit_before)
+        total += tl.sum(part, axis=0)
+        left = none + tl.max(rest, axis=0)
+        unknown = is_open(total, left)
         unit_before = unit
-        unit = unit_below(rest)
+        unit = unit_below(left)
     return total
 
 
 @triton.jit
-def settle(w, peak, blocks, undecided, step, tables, single, lower, upper, hessian, T: tl.constexpr):
-    """The lowest of the codes `single` and `lower` .. `upper` with the least exact error.
+def _exact_best(block, step, flushed, tables, single, lower, upper, hessian, lane, T: tl.constexpr):
+    """The lowest of the codes `single` and `lower` .. `upper` with a block's least exact error.
 
-    They are gone through in float64, and a second time where that leaves several: these compare exactly.
+    A code in each thread.
     """
-    flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
+    inside = lane >= 0
+    blocks = block + lane * 0
+    w = ()
+    for i in tl.static_range(16):
+        w = w + (_load(blocks, inside, step, i),)
     best = single
-    least = tl.full([T], float("inf"), tl.float64)
-    possible = least  # the least that the best may be more than
-    others = least  # the least that any other may be
-    again = tl.full([], 0, tl.int32)
-    code = single
-    contested = undecided & (lower <= upper)
-    goes_on = contested
-    while any_of(goes_on):
+    least = tl.full([], float("inf"), tl.float64)  # that the best may have
+    possible = least  # more than this the least error is not
+    first = lower - 1  # whose place `single` has
+    while first <= upper:
+        code = first + lane
+        tried = (code <= upper) | (code == lower - 1)
+        code = tl.where(code == lower - 1, single, tl.where(tried, code, single))
         thresholds = point_thresholds(tables, code, T)
         scale = 0.0 - tl.load(tables + 2 * code)
-        error, size = form_and_size(w, blocks, goes_on, step, scale, thresholds, hessian, T)
+        error, size = form_and_size(w, blocks, inside, step, scale, thresholds, hessian, T)
         margin = size * MARGIN + flushed
-        if again == 0:
-            better = goes_on & (error < least)
-            beaten = tl.where(better, least - (possible - least), error - margin)
-            others = tl.where(goes_on & (beaten < others), beaten, others)
-            least = tl.where(better, error, least)
-            possible = tl.where(better, error + margin, possible)
-            best = tl.where(better, code, best)
-        else:
-            near = goes_on & (code != best) & (error - margin <= possible)
-            if any_of(near):
-                difference = _difference(blocks, near, step, tables, code, best, hessian, T)
-                wins = near & ((difference < 0.0) | ((difference == 0.0) & (code < best)))
-                best = tl.where(wins, code, best)
-        goes_on = goes_on & (code < upper) | (goes_on & (code == single) & (single > upper))
-        code = tl.where(code == single, lower, code + 1)
-        if (again == 0) & ~any_of(goes_on):
-            again += 1
-            code = single
-            goes_on = contested & (others <= possible)
+        tried = tried & (error < float("inf"))  # not where an element is not finite
+        low = tl.where(tried, error - margin, float("inf"))
+        possible = tl.minimum(possible, tl.min(tl.where(tried, error + margin, float("inf")), axis=0))
+        near = tried & (low <= possible)
+        best = tl.where(least <= possible, best, tl.max(tl.where(near, code, 0), axis=0))
+        contenders = near & (code != best)
+        while any_of(contenders):
+            other = tl.max(tl.where(contenders, code, 0), axis=0)
+            contenders = contenders & (code != other)
+            difference = _difference(block, step, tables, other, best, hessian, lane, T)
+            best = tl.where(any_of((difference < 0.0) | ((difference == 0.0) & (other < best))), other, best)
+        here = tl.min(tl.where(code == best, low, float("inf")), axis=0)
+        least = tl.where(here < float("inf"), here, least)
+        first += T
+    return best
+
+
+@triton.jit
+def settle(peak, blocks, undecided, step, tables, single, lower, upper, hessian, T: tl.constexpr):
+    """The lowest of the codes `single` and `lower` .. `upper` with the least exact error.
+
+    One block after another. They are few, and the kernel may wait for one: so its codes go to all threads.
+    """
+    lane = tl.arange(0, T)
+    best = single
+    flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
+    while any_of(undecided):
+        number = tl.min(tl.where(undecided, lane, T), axis=0)
+        thread = lane == number
+        # Or the compiler would work out addresses ahead of the sweep, and hold them all the while.
+        lanes = lane + tl.minimum(number, 0)
+        found = _exact_best(pick(blocks, thread), step, pick(flushed, thread), tables, pick(single, thread),
+                            pick(lower, thread), pick(upper, thread), hessian, lanes, T)  # fmt: skip
+        best = tl.where(thread, found, best)
+        undecided = undecided & ~thread
     return best

@@ -25,6 +25,7 @@ from nvfp4sweep.triton_blocks import (
     load_16,
     magnitude_of,
     nearest_point,
+    pick,
     point_thresholds,
     row_and_column,
     store_amax_and_code,
@@ -171,62 +172,96 @@ def _factors(blocks, importance, inside, ones, step, importance_step, i, scale, 
 
 
 @triton.jit
-def _difference(blocks, importance, inside, ones, step, importance_step, tables, code, other, block_size,
+def _difference(block, importance, ones, step, importance_step, tables, code, other, lane, block_size,
                 T: tl.constexpr):  # fmt: skip
-    """Of the sign that the error at `code` less that at `other` has."""
-    thresholds, other_thresholds = point_thresholds(tables, code, T), point_thresholds(tables, other, T)
+    """Of the sign that a block's error at `code` less that at `other` has. An element in each thread."""
+    codes, others = lane * 0 + code, lane * 0 + other
+    thresholds, other_thresholds = point_thresholds(tables, codes, T), point_thresholds(tables, others, T)
     scale = (0.0 - tl.load(tables + 2 * code)).to(tl.float64)
     other_scale = (0.0 - tl.load(tables + 2 * other)).to(tl.float64)
-    total = tl.zeros([T], tl.float64)
-    size = total
-    for i in range(block_size):
-        h, u, v, _ = _factors(blocks, importance, inside, ones, step, importance_step, i, scale, thresholds,
-                              other_scale, other_thresholds)  # fmt: skip
-        total += h * u * v
-        size += tl.abs(h * u * v)
-    unknown = inside & is_unknown(total, size)
+    sums = tl.zeros([T], tl.float64)
+    sizes = sums
+    for first in range(0, block_size, T):
+        i = first + lane
+        h, u, v, _ = _factors(block, importance, i < block_size, ones, step, importance_step, i, scale,
+                              thresholds, other_scale, other_thresholds)  # fmt: skip
+        sums += h * u * v
+        sizes += tl.abs(h * u * v)
+    # In all threads alike, or the loop below would count as divergent.
+    none = tl.zeros([T], tl.float64)
+    total, size = none + tl.sum(sums, axis=0), none + tl.sum(sizes, axis=0)
+    unknown = is_unknown(total, size)
     total = tl.where(unknown, 0.0, total)
-    unit_before = tl.full([T], FIRST_UNIT, tl.float64)
+    unit_before = none + FIRST_UNIT
     unit = unit_below(size)
     while any_of(unknown):
-        part = tl.zeros([T], tl.float64)
-        rest = part
-        for term in range(TERMS):
-            for i in range(block_size):
-                h, u, v, v_rest = _factors(blocks, importance, unknown, ones, step, importance_step, i, scale,
-                                           thresholds, other_scale, other_thresholds)  # fmt: skip
+        part, rest = none, none
+        for first in range(0, block_size, T):
+            i = first + lane
+            for term in range(TERMS):
+                h, u, v, v_rest = _factors(block, importance, i < block_size, ones, step, importance_step, i,
+                                           scale, thresholds, other_scale, other_thresholds)  # fmt: skip
                 part, rest = add_term(part, rest, term, h, u, v, v_rest, unit, unit_before)
-        total = tl.where(unknown, total + part, total)
-        unknown = unknown & is_open(total, rest)
+        total += tl.sum(part, axis=0)
+        left = none + tl.max(rest, axis=0)
+        unknown = is_open(total, left)
         unit_before = unit
-        unit = unit_below(rest)
+        unit = unit_below(left)
     return total
+
+
+@triton.jit
+def _exact_best(block, importance, ones, step, importance_step, tables, first, last, lane, block_size,
+                T: tl.constexpr):  # fmt: skip
+    """The lowest code of first .. last with a block's least exact error.
+
+    A code in each thread, from the last down, until a certificate.
+    """
+    inside = lane >= 0
+    best = last
+    least = tl.full([], float("inf"), tl.float64)
+    top = last
+    while top >= first:
+        code = tl.maximum(top - lane, first)
+        error, excess = _error_and_excess(block + lane * 0, importance + lane * 0, inside, ones, step,
+                                          importance_step, 0.0 - tl.load(tables + 2 * code),
+                                          point_thresholds(tables, code, T), block_size, T)  # fmt: skip
+        comparable = error < float("inf")  # not where an element is not finite
+        smallest = tl.minimum(least, tl.min(tl.where(comparable, error, float("inf")), axis=0))
+        limit = smallest * (1.0 + SETTLED)
+        near = comparable & (error <= limit)
+        best = tl.where(least <= limit, best, tl.max(tl.where(near, code, 0), axis=0))
+        near = near & (code != best)
+        while any_of(near):
+            other = tl.max(tl.where(near, code, 0), axis=0)
+            near = near & (code != other)
+            difference = _difference(block, importance, ones, step, importance_step, tables, other, best,
+                                     lane, block_size, T)  # fmt: skip
+            best = tl.where(any_of(difference <= 0.0), other, best)
+        least = smallest
+        top = tl.where(any_of(excess > limit), first - 1, top - T)
+    return best
 
 
 @triton.jit
 def settle(blocks, importance, undecided, ones, step, importance_step, tables, first, last, block_size,
            T: tl.constexpr):  # fmt: skip
-    """The lowest code of first .. last with the least exact error, by a walk down."""
+    """The lowest code of first .. last with the least exact error.
+
+    One block after another. They are few, and the kernel may wait for one: so its codes go to all threads.
+    """
+    lane = tl.arange(0, T)
     best = last
-    least = tl.full([T], float("inf"), tl.float64)
-    code = last
-    goes_on = undecided
-    while any_of(goes_on):
-        thresholds = point_thresholds(tables, code, T)
-        scale = 0.0 - tl.load(tables + 2 * code)
-        error, excess = _error_and_excess(blocks, importance, goes_on, ones, step, importance_step, scale,
-                                          thresholds, block_size, T)  # fmt: skip
-        wins = error < least * (1.0 - SETTLED)
-        near = goes_on & ~wins & (error <= least * (1.0 + SETTLED))
-        if any_of(near):
-            difference = _difference(blocks, importance, near, ones, step, importance_step, tables, code,
-                                     best, block_size, T)  # fmt: skip
-            wins = wins | (near & (difference <= 0.0))
-        wins = wins & goes_on
-        best = tl.where(wins, code, best)
-        least = tl.where(wins, error, least)
-        goes_on = goes_on & (code > first) & ~(excess > least * (1.0 + SETTLED))
-        code = tl.where(goes_on, code - 1, code)
+    while any_of(undecided):
+        number = tl.min(tl.where(undecided, lane, T), axis=0)
+        thread = lane == number
+        # Or the compiler would work out addresses ahead of the sweep, and hold them all the while.
+        lanes = lane + tl.minimum(number, 0)
+        found = _exact_best(pick(blocks, thread), pick(importance, thread), pick(ones, thread), step,
+                            importance_step, tables, first, pick(last, thread), lanes, block_size,
+                            T)  # fmt: skip
+        best = tl.where(thread, found, best)
+        undecided = undecided & ~thread
     return best
 
 

@@ -34,8 +34,8 @@ _TUNING = {
     (90, 4, 32): _Tuning(registers=112),
 }
 _IMPORTANCE_TUNING = {
-    (90, 2, 16): _Tuning(registers=88),
-    (90, 4, 16): _Tuning(registers=88),
+    (90, 2, 16): _Tuning(registers=96),
+    (90, 4, 16): _Tuning(registers=96),
 }
 # Tiles that share importances go to one program, as many as leave enough programs.
 _LARGEST_GROUP = 4
