@@ -1,11 +1,7 @@
 """The command `nvfp4sweep`. It is above the adapters: frameworks are imported where an option asks."""
 
-import importlib
-import importlib.util
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,16 +9,27 @@ import numpy as np
 import numpy.typing as npt
 
 import nvfp4sweep
+from nvfp4sweep.formats import MAX_CODE
 
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+    from nvfp4sweep.checkpoint import quantizer
     from nvfp4sweep.checkpoint import report as reports
+    from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
     from nvfp4sweep.checkpoint.plan import Plan, make_plan
     from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
     from nvfp4sweep.checkpoint.report import Engine, Row, Swept
+    from nvfp4sweep.cli_common import (
+        add_bar,
+        check_output,
+        progress_bars,
+        refusing,
+        require,
+        resolve_device,
+        to_torch,
+    )
 except ImportError as missing:
     raise SystemExit(
         f"nvfp4sweep: {missing.name} is not installed: pip install 'nvfp4sweep[checkpoint]'"
@@ -45,7 +52,7 @@ def main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass  # A callback keeps `report` a subcommand while it is the only one.
+    pass
 
 
 @app.command()
@@ -75,14 +82,14 @@ def report(
     Nothing is written but the files asked for. One tensor is in memory at a time.
     """
     # Everything that can be refused is refused before the work begins.
-    _check_output("--csv", csv)
-    _check_output("--plot", plot)
+    check_output("--csv", csv)
+    check_output("--plot", plot)
     if plot is not None and plot.suffix.lower() != ".png":
         raise typer.BadParameter(f"{plot} does not end in .png", param_hint="--plot")
-    write_plot = None if plot is None else _require("nvfp4sweep.checkpoint.plot", "--plot").write_plot
-    device = _resolve_device(device)
+    write_plot = None if plot is None else require("nvfp4sweep.checkpoint.plot", "--plot").write_plot
+    device = resolve_device(device)
     engine = _numpy_engine() if device == "cpu" else _torch_engine(device, "--device")
-    with _refusing("PATH", CheckpointError):
+    with refusing("PATH", CheckpointError):
         checkpoint = Checkpoint(path)
         plan = make_plan(checkpoint.tensors)
         if not plan.tensors:
@@ -90,13 +97,13 @@ def report(
     agreement = _Agreement(device) if compare else None
 
     rows: list[Row] = []
-    with _progress() as progress, _refusing("PATH", ValueError):
+    with progress_bars() as progress, refusing("PATH", ValueError):
         shared = {}
         if fuse:
             groups = reports.fused_tensors(plan.tensors)
-            advance = _task(progress, "amax", [tensor for group in groups for tensor in group])
+            advance = add_bar(progress, "amax", [tensor for group in groups for tensor in group])
             shared = reports.shared_amaxes(checkpoint, groups, advance)
-        advance = _task(progress, "sweep", plan.tensors)
+        advance = add_bar(progress, "sweep", plan.tensors)
         for tensor in plan.tensors:
             weight = checkpoint.read(tensor)
             row, swept = reports.measure(tensor, weight, shared.get(tensor.name), engine)
@@ -109,15 +116,90 @@ def report(
     total = reports.sum_rows("total", rows)
     _print_report(plan, rows, total, len(shared), device, verbose)
     if csv is not None:
-        with _refusing("--csv", OSError):
+        with refusing("--csv", OSError):
             reports.write_csv(csv, rows)
     if plot is not None and write_plot is not None:
-        with _refusing("--plot", OSError):
+        with refusing("--plot", OSError):
             write_plot(plot, rows, total)
     if agreement is not None:
         typer.echo(agreement.sentence())
         if agreement.first_difference is not None:
             raise typer.Exit(1)
+
+
+@app.command()
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN_DIR", help="A Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that is not there yet.")],
+    layout: Annotated[str, typer.Option(metavar="|".join(LAYOUTS), help="Whose names.")] = MODELOPT.name,
+    input_scale: Annotated[
+        float | None, typer.Option(help="Write this scale of activations too: W4A4 instead of W4A16.")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Quantize though the rules leave it out by name."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Leave as it is.")] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="One global scale for all with the same text in its parentheses."),
+    ] = None,
+    importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="safetensors: an importance an input, by tensor name.")
+    ] = None,
+    min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = 1,
+    scale_max: Annotated[float, typer.Option(help="Largest block scale: 256 leaves headroom.")] = 448,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a K that 16 does not divide.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave weights with NaN or infinity as they are.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to sweep. auto: CUDA if PyTorch has it.")
+    ] = "auto",
+) -> None:
+    """Write an NVFP4 checkpoint of a model, with exact block scales, without loading the model.
+
+    An interrupted call leaves OUT_DIR.partial; the same call goes on from there.
+    """
+    if layout not in LAYOUTS:
+        raise typer.BadParameter(f"{layout!r} is none of {', '.join(LAYOUTS)}", param_hint="--layout")
+    if not 1 <= min_code <= MAX_CODE:
+        raise typer.BadParameter(f"{min_code} must lie in 1 .. {MAX_CODE}", param_hint="--min-code")
+    device = resolve_device(device)
+    engine = quantizer.numpy_engine if device == "cpu" else _torch_quantizer(device)
+    with refusing("IN_DIR OUT_DIR", ValueError, OSError), progress_bars() as progress:
+        settings = quantizer.Settings(
+            LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
+            min_code, scale_max, strict, skip_bad,
+        )  # fmt: skip
+        job = quantizer.Job(source, target, settings, importance, engine)
+        bars = {stage: add_bar(progress, stage, job.plan.tensors) for stage in quantizer.STAGES}
+        written = job.run(lambda stage, tensor: bars[stage](tensor))
+    typer.echo(
+        f"{len(written.modules):,} matrices in NVFP4, {sum(map(len, written.skipped.values())):,} tensors as "
+        f"they were, {written.n_bytes / 1e9:,.3f} GB: {target}"
+    )
+    for reason, names in written.skipped.items():
+        typer.echo(f"  {reason}: {len(names):,}, {names[0]}" + (", ..." if names[1:] else ""))
+
+
+def _torch_quantizer(device: str) -> quantizer.Engine:
+    torch, package = require("torch", "--device"), require("nvfp4sweep_torch", "--device")
+
+    def run(
+        matrix: npt.NDArray[Any],
+        amax: np.float32,
+        importance: npt.NDArray[Any] | None,
+        min_code: int,
+    ) -> quantizer.Packed:
+        weighing = None if importance is None else to_torch(importance, device)
+        found = package.quantize(
+            to_torch(matrix, device), global_amax=float(amax), importance=weighing, min_code=min_code
+        )
+        scale = found.scale.view(torch.uint8).cpu().numpy()
+        return quantizer.Packed(found.packed.cpu().numpy(), scale, found.global_scale.cpu().numpy())
+
+    return run
 
 
 def _print_report(
@@ -154,74 +236,6 @@ def _skipped(plan: Plan) -> str:
     return f"Skipped {count:,} of {count + len(plan.tensors):,} tensors: {reasons or 'there are none'}."
 
 
-def _progress() -> Progress:
-    console = Console(stderr=True)
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[read]} of {task.fields[tensors]} tensors, {task.completed:,.0f} elements"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
-def _task(progress: Progress, name: str, tensors: Sequence[TensorInfo]) -> Callable[[TensorInfo], None]:
-    """A bar for these tensors; the function returned moves it by one tensor."""
-    elements = sum(tensor.size for tensor in tensors)
-    task = progress.add_task(name, total=elements, tensors=len(tensors), read=0)
-    read = 0
-
-    def advance(tensor: TensorInfo) -> None:
-        nonlocal read
-        read += 1
-        progress.update(task, advance=tensor.size, read=read)
-
-    return advance
-
-
-def _check_output(option: str, file: Path | None) -> None:
-    if file is None:
-        return
-    if file.is_dir():
-        raise typer.BadParameter(f"{file} is a folder", param_hint=option)
-    if not file.parent.is_dir():
-        raise typer.BadParameter(f"the folder {file.parent} does not exist", param_hint=option)
-
-
-@contextmanager
-def _refusing(parameter: str, *errors: type[Exception]) -> Iterator[None]:
-    """Turn these exceptions into a message that names the parameter, with exit code 2."""
-    try:
-        yield
-    except errors as error:
-        raise typer.BadParameter(str(error), param_hint=parameter) from None
-
-
-def _require(module: str, option: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = error.name or module
-        raise typer.BadParameter(f"{name} is needed and not installed", param_hint=option) from None
-
-
-def _resolve_device(device: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda, cuda:N", param_hint="--device")
-    if device == "cpu" or (device == "auto" and importlib.util.find_spec("torch") is None):
-        return "cpu"
-    cuda = _require("torch", "--device").cuda
-    count = cuda.device_count() if cuda.is_available() else 0
-    if device == "auto":
-        return "cuda" if count else "cpu"
-    if int(device.partition(":")[2] or 0) >= count:
-        raise typer.BadParameter(f"{device}: PyTorch sees {count} CUDA devices", param_hint="--device")
-    return device
-
-
 def _numpy_engine() -> Engine:
     def run(weight: npt.NDArray[Any], amax: npt.NDArray[np.float32] | None, batch_dims: int) -> Swept:
         start = time.perf_counter()
@@ -232,18 +246,14 @@ def _numpy_engine() -> Engine:
 
 
 def _torch_engine(device: str, option: str) -> Engine:
-    torch, package = _require("torch", option), _require("nvfp4sweep_torch", option)
+    torch, package = require("torch", option), require("nvfp4sweep_torch", option)
 
     def synchronize() -> None:
         if device != "cpu":
             torch.cuda.synchronize(device)
 
     def run(weight: npt.NDArray[Any], amax: npt.NDArray[np.float32] | None, batch_dims: int) -> Swept:
-        # PyTorch does not take ml_dtypes' bfloat16, but takes its bits.
-        bits = weight.view(np.int16) if weight.dtype.name == "bfloat16" else weight
-        tensor = torch.from_numpy(bits).to(device)
-        if bits is not weight:
-            tensor = tensor.view(torch.bfloat16)
+        tensor = to_torch(weight, device)
         shared = None if amax is None else torch.from_numpy(amax).to(device)
         synchronize()
         start = time.perf_counter()
@@ -256,7 +266,7 @@ def _torch_engine(device: str, option: str) -> Engine:
 
 
 def _jax_engine(jitted: bool, option: str) -> Engine:
-    jax, package = _require("jax", option), _require("nvfp4sweep_jax", option)
+    jax, package = require("jax", option), require("nvfp4sweep_jax", option)
     implementation = "xla" if jitted else None
 
     def sweep(weight: Any, amax: Any, batch_dims: int) -> Any:

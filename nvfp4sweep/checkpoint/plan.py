@@ -4,8 +4,9 @@ Both rules are here and nowhere else. They go by names, since a checkpoint holds
 """
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
 
 from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.formats import BLOCK_SIZE
@@ -16,8 +17,10 @@ FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 KEPT_IN_HIGH_PRECISION = (
     ("embedding", re.compile(r"embed|token_type|(^|\.)(wte|wpe)\.")),
     ("output head", re.compile(r"(^|\.)lm_head\.|^output\.weight$")),
+    ("vision tower", re.compile(r"(^|\.)(vision_tower|vision_model|visual|multi_modal_projector)\.")),
     ("router", re.compile(r"router|(^|\.)(shared_expert_)?gate\.weight$")),
 )
+_UNEVEN = f"not divisible by {BLOCK_SIZE}"
 _WEIGHT = re.compile(r"(^|[._])weight$")
 #: Three axes are stacked experts [E, N, K] only where the name says so: convolutions have three too.
 _EXPERTS = re.compile(r"(expert|moe)(.*\.)?(.*_proj|w[123]|.*weight)$")
@@ -33,6 +36,11 @@ FUSED_LAYERS = (
 )
 
 
+#: Models whose stacked experts are [E, K, N], and those of them that alternate rows of gate and up.
+TRANSPOSED_EXPERTS = frozenset({"llama4", "llama4_text", "gpt_oss"})
+INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})
+
+
 @dataclass(frozen=True)
 class Plan:
     """What to calibrate.
@@ -46,12 +54,13 @@ class Plan:
     skipped: dict[str, tuple[str, ...]]
 
 
-def make_plan(tensors: Iterable[TensorInfo]) -> Plan:
-    """Divide a checkpoint's tensors by `reason_to_skip`."""
+def make_plan(tensors: Iterable[TensorInfo], rule: Callable[[TensorInfo], str | None] | None = None) -> Plan:
+    """Divide a checkpoint's tensors by a rule: `reason_to_skip`, or one like it."""
+    rule = rule or reason_to_skip
     chosen: list[TensorInfo] = []
     skipped: dict[str, list[str]] = {}
     for tensor in sorted(tensors, key=lambda tensor: _natural_key(tensor.name)):
-        reason = reason_to_skip(tensor)
+        reason = rule(tensor)
         if reason is None:
             chosen.append(tensor)
         else:
@@ -59,13 +68,16 @@ def make_plan(tensors: Iterable[TensorInfo]) -> Plan:
     return Plan(tuple(chosen), {reason: tuple(names) for reason, names in skipped.items()})
 
 
-def reason_to_skip(tensor: TensorInfo) -> str | None:
+def reason_to_skip(
+    tensor: TensorInfo, model_type: str = "", *, whatever_its_name: bool = False
+) -> str | None:
     """Why a tensor is not calibrated, or None for a linear weight.
 
     A linear weight is a floating tensor [N, K] whose name ends in "weight", or stacked experts
     [E, N, K] (named such as experts.gate_up_proj, with or without .weight), with K divisible by 16.
-    Blocks run along the last axis; weights stored as [K, N] are not recognised as such. Embeddings,
-    output heads and routers are left out, as NVFP4 checkpoints leave them.
+    Blocks run along the last axis; weights stored as [K, N] are not recognised as such, but for the
+    TRANSPOSED_EXPERTS of a `model_type`. What KEPT_IN_HIGH_PRECISION names is left out, as NVFP4
+    checkpoints leave it, unless `whatever_its_name`.
     """
     axes = len(tensor.shape)
     if tensor.dtype not in FLOAT_DTYPES:
@@ -75,13 +87,64 @@ def reason_to_skip(tensor: TensorInfo) -> str | None:
     if not (_WEIGHT.search(tensor.name) if axes == 2 else axes == 3 and _EXPERTS.search(tensor.name)):
         return "not a linear weight by name or shape"
     for reason, pattern in KEPT_IN_HIGH_PRECISION:
-        if pattern.search(tensor.name):
+        if pattern.search(tensor.name) and not whatever_its_name:
             return reason
     if tensor.size == 0:
         return "empty"
-    if tensor.shape[-1] % BLOCK_SIZE:
-        return f"last axis not divisible by {BLOCK_SIZE}"
-    return None
+    if axes == 3 and model_type in TRANSPOSED_EXPERTS:
+        return f"axis 1 {_UNEVEN}" if tensor.shape[1] % BLOCK_SIZE else None
+    return f"last axis {_UNEVEN}" if tensor.shape[-1] % BLOCK_SIZE else None
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A matrix [N, K] of a quantized checkpoint: a linear weight, or one of a stack's.
+
+    Attributes:
+        module: the name of its layer.
+        shape: (N, K).
+        expert: which of a stack [E, ...] it is of; None for a weight of two axes.
+        rows: which of the tensor's N are its own.
+        transposed: whether the tensor has them as [K, N].
+    """
+
+    module: str
+    shape: tuple[int, int]
+    expert: int | None = None
+    rows: slice = field(default_factory=lambda: slice(None))
+    transposed: bool = False
+
+    def of(self, weight: Any) -> Any:
+        """Its part of the tensor, a view."""
+        if self.expert is not None:
+            weight = weight[self.expert]
+        return (weight.T if self.transposed else weight)[self.rows]
+
+
+def matrices(tensor: TensorInfo, model_type: str = "") -> list[Matrix]:
+    """What a tensor that `reason_to_skip` does not name is to runtimes, which load experts one by one.
+
+    Args:
+        model_type: of the model's configuration: it tells how stacked experts lie.
+    """
+    module = tensor.name.removesuffix(".weight")
+    if len(tensor.shape) == 2:
+        return [Matrix(module, tensor.shape)]
+    transposed = model_type in TRANSPOSED_EXPERTS
+    experts, rows, columns = tensor.shape
+    if transposed:
+        rows, columns = columns, rows
+    parent, _, layer = module.rpartition(".")
+    parts = {layer: slice(None)}
+    if layer == "gate_up_proj" and model_type in INTERLEAVED_EXPERTS:
+        parts = {"gate_proj": slice(0, None, 2), "up_proj": slice(1, None, 2)}
+    elif layer == "gate_up_proj":
+        parts = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, None)}
+    return [
+        Matrix(f"{parent}.{i}.{name}", (len(range(rows)[part]), columns), i, part, transposed)
+        for i in range(experts)
+        for name, part in parts.items()
+    ]
 
 
 def fusion_groups(names: Iterable[str]) -> list[tuple[str, ...]]:

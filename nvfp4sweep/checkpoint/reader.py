@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 INDEX_NAME = "model.safetensors.index.json"
+_CHUNK = 1 << 24
 
 
 class CheckpointError(ValueError):
@@ -54,6 +56,7 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self._handles: dict[Path, Any] = {}
+        self._ranges: dict[Path, dict[str, tuple[int, int]]] = {}
         if path.is_dir():
             index = path / INDEX_NAME
             self.tensors = self._indexed(index) if index.is_file() else self._all_in(path)
@@ -77,6 +80,38 @@ class Checkpoint:
             with np.errstate(over="ignore"):
                 return array.astype(np.float32)
         return array
+
+    def chunks(self, tensor: TensorInfo) -> Iterator[bytes]:
+        """The tensor's bytes as they are stored, of any dtype, some megabytes at a time.
+
+        Raises:
+            CheckpointError: the data cannot be read.
+        """
+        start, stop = self._data_range(tensor)
+        try:
+            with tensor.file.open("rb") as stream:
+                stream.seek(start)
+                while start < stop and (chunk := stream.read(min(stop - start, _CHUNK))):
+                    start += len(chunk)
+                    yield chunk
+        except OSError as error:
+            raise CheckpointError(f"{tensor.name} in {tensor.file} cannot be read: {error}") from None
+
+    def n_bytes(self, tensor: TensorInfo) -> int:
+        """How many bytes the tensor takes in its file."""
+        start, stop = self._data_range(tensor)
+        return stop - start
+
+    def _data_range(self, tensor: TensorInfo) -> tuple[int, int]:
+        """Where in its file the tensor's bytes are: the library tells shapes, and not this."""
+        if tensor.file not in self._ranges:
+            with tensor.file.open("rb") as stream:
+                length = int.from_bytes(stream.read(8), "little")
+                header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ranges = {name: entry["data_offsets"] for name, entry in header.items()}
+            self._ranges[tensor.file] = {k: (8 + length + a, 8 + length + b) for k, (a, b) in ranges.items()}
+        return self._ranges[tensor.file][tensor.name]
 
     def _handle(self, file: Path) -> Any:
         if file not in self._handles:
