@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 RUN := build/tests-run
 
-.PHONY: demo test lint benchmark clean
+.PHONY: demo test lint benchmark peers clean
 
 demo: $(VENV)/ready
 	mkdir -p demo
@@ -29,6 +29,17 @@ benchmark: $(VENV)/ready
 	PYTHONPATH=. $(BIN)/python -m benchmarks.cpu
 	PYTHONPATH=. $(BIN)/python -m benchmarks.objectives
 	PYTHONPATH=. $(BIN)/python -m benchmarks.report
+
+# Checkpoints read by other libraries, in an environment of their own: pins clash.
+PEERS := build/peers
+peers:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check ".[checkpoint]" pytest \
+	    transformers==5.24.0 compressed-tensors==0.20.0 torchao==0.18.0 "mlx[cpu]==0.32.4" \
+	    omegaconf "pulp<4" nvidia-ml-py scipy ninja requests
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-modelopt==0.47.0
+	cd tests && ../$(PEERS)/bin/python -m pytest peers_checkpoint.py -o filterwarnings= -p no:cacheprovider -q
 
 SOURCES := pyproject.toml README.md $(shell find nvfp4sweep nvfp4sweep_torch nvfp4sweep_jax -name '*.py')
 
