@@ -1,14 +1,17 @@
-"""CUDA: fused multiply-adds, pairs of float64, and sums of products of float64 whose sign is exact."""
+"""CUDA: votes, fused multiply-adds, pairs of float64, and sums of products whose sign is exact."""
 
 import triton
 import triton.language as tl
 from triton import knobs
 
-from nvfp4sweep.triton_blocks import any_of
-
 # The interpreter rounds the product of tl.fma, where theorem 4 needs one rounding.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 VELTKAMP = tl.constexpr(2.0**27 + 1)
+
+
+@triton.jit
+def any_of(condition):
+    return tl.max(condition.to(tl.int32), axis=0) > 0
 
 
 @triton.jit

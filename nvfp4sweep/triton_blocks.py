@@ -7,11 +7,6 @@ from nvfp4sweep.triton_tables import AMAX, THRESHOLDS
 
 
 @triton.jit
-def any_of(condition):
-    return tl.max(condition.to(tl.int32), axis=0) > 0
-
-
-@triton.jit
 def pick(x, thread):
     """x where `thread` is true, which it is in one thread: of numbers, bits or pointers."""
     if x.dtype.is_ptr():

@@ -10,9 +10,8 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from nvfp4sweep import window as proofs
-from nvfp4sweep.triton_arithmetic import fma
+from nvfp4sweep.triton_arithmetic import any_of, fma
 from nvfp4sweep.triton_blocks import (
-    any_of,
     largest_of,
     load_16,
     load_shared,

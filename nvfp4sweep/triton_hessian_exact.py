@@ -11,12 +11,13 @@ from nvfp4sweep.triton_arithmetic import (
     FIRST_UNIT,
     TERMS,
     add_term,
+    any_of,
     is_open,
     is_unknown,
     two_sum,
     unit_below,
 )
-from nvfp4sweep.triton_blocks import any_of, nearest_point, pick, point_thresholds
+from nvfp4sweep.triton_blocks import nearest_point, pick, point_thresholds
 from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT64)

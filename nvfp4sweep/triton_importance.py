@@ -13,6 +13,7 @@ from nvfp4sweep.triton_arithmetic import (
     FIRST_UNIT,
     TERMS,
     add_term,
+    any_of,
     fma,
     is_open,
     is_unknown,
@@ -20,7 +21,6 @@ from nvfp4sweep.triton_arithmetic import (
     unit_below,
 )
 from nvfp4sweep.triton_blocks import (
-    any_of,
     largest_of,
     load_16,
     magnitude_of,

@@ -8,8 +8,8 @@ import triton.language as tl
 from triton.language.extra import cuda
 
 from nvfp4sweep import window as proofs
+from nvfp4sweep.triton_arithmetic import any_of
 from nvfp4sweep.triton_blocks import (
-    any_of,
     first_bytes,
     first_elements,
     largest_of,

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 
 from nvfp4sweep import window as proofs
-from nvfp4sweep.triton_arithmetic import add_pairs, fma, two_product
+from nvfp4sweep.triton_arithmetic import add_pairs, any_of, fma, two_product
 from nvfp4sweep.triton_blocks import (
-    any_of,
     load_16,
     magnitude_of,
     nearest_point,

@@ -22,7 +22,7 @@ from safetensors import deserialize
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from nvfp4sweep import cli, formats
+from nvfp4sweep import cli, cli_checkpoint, formats
 from nvfp4sweep.checkpoint import quantizer
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
 from nvfp4sweep.checkpoint.quantizer import Settings, numpy_engine, quantize_checkpoint
@@ -461,5 +461,5 @@ def test_command(model: Path, tmp_path: Path) -> None:
 def test_torch_engine_is_the_same(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     quantize_checkpoint(model, tmp_path / "a")
-    quantize_checkpoint(model, tmp_path / "b", engine=cli._torch_quantizer("cpu"))
+    quantize_checkpoint(model, tmp_path / "b", engine=cli_checkpoint._torch_quantizer("cpu"))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

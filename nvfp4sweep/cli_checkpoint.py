@@ -1,0 +1,140 @@
+"""The commands that make and check NVFP4 checkpoints."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from nvfp4sweep.checkpoint import quantizer
+from nvfp4sweep.checkpoint.folders import read_config
+from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
+from nvfp4sweep.checkpoint.report import saving
+from nvfp4sweep.checkpoint.verifier import Errors, Verifier
+from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_device, to_torch
+from nvfp4sweep.formats import MAX_CODE
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(metavar="IN_DIR", help="A Hugging Face folder.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT_DIR", help="A folder that is not there yet.")],
+    layout: Annotated[str, typer.Option(metavar="|".join(LAYOUTS), help="Whose names.")] = MODELOPT.name,
+    input_scale: Annotated[
+        float | None, typer.Option(help="Write this scale of activations too: W4A4 instead of W4A16.")
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Quantize though the rules leave it out by name."),
+    ] = None,
+    exclude: Annotated[list[str] | None, typer.Option(metavar="REGEX", help="Leave as it is.")] = None,
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="One global scale for all with the same text in its parentheses."),
+    ] = None,
+    importance: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="safetensors: an importance an input, by tensor name.")
+    ] = None,
+    min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = 1,
+    scale_max: Annotated[float, typer.Option(help="Largest block scale: 256 leaves headroom.")] = 448,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse a K that 16 does not divide.")] = False,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave weights with NaN or infinity as they are.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|cuda[:N]", help="Where to sweep. auto: CUDA if PyTorch has it.")
+    ] = "auto",
+) -> None:
+    """Write an NVFP4 checkpoint of a model, with exact block scales, without loading the model.
+
+    An interrupted call leaves OUT_DIR.partial; the same call goes on from there.
+    """
+    if layout not in LAYOUTS:
+        raise typer.BadParameter(f"{layout!r} is none of {', '.join(LAYOUTS)}", param_hint="--layout")
+    if not 1 <= min_code <= MAX_CODE:
+        raise typer.BadParameter(f"{min_code} must lie in 1 .. {MAX_CODE}", param_hint="--min-code")
+    device = resolve_device(device)
+    engine = quantizer.numpy_engine if device == "cpu" else _torch_quantizer(device)
+    with refusing("IN_DIR OUT_DIR", ValueError, OSError), progress_bars() as progress:
+        settings = quantizer.Settings(
+            LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
+            min_code, scale_max, strict, skip_bad,
+        )  # fmt: skip
+        job = quantizer.Job(source, target, settings, importance, engine)
+        bars = {stage: add_bar(progress, stage, job.plan.tensors) for stage in quantizer.STAGES}
+        written = job.run(lambda stage, tensor: bars[stage](tensor))
+    typer.echo(
+        f"{len(written.modules):,} matrices in NVFP4, {sum(map(len, written.skipped.values())):,} tensors as "
+        f"they were, {written.n_bytes / 1e9:,.3f} GB: {target}"
+    )
+    for reason, names in written.skipped.items():
+        typer.echo(f"  {reason}: {len(names):,}, {names[0]}" + (", ..." if names[1:] else ""))
+
+
+def _torch_quantizer(device: str) -> quantizer.Engine:
+    torch, package = require("torch", "--device"), require("nvfp4sweep_torch", "--device")
+
+    def run(
+        matrix: npt.NDArray[Any],
+        amax: np.float32,
+        importance: npt.NDArray[Any] | None,
+        min_code: int,
+    ) -> quantizer.Packed:
+        weighing = None if importance is None else to_torch(importance, device)
+        found = package.quantize(
+            to_torch(matrix, device), global_amax=float(amax), importance=weighing, min_code=min_code
+        )
+        scale = found.scale.view(torch.uint8).cpu().numpy()
+        return quantizer.Packed(found.packed.cpu().numpy(), scale, found.global_scale.cpu().numpy())
+
+    return run
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="An NVFP4 checkpoint, whoever wrote it.")],
+    against: Annotated[
+        Path | None, typer.Option(metavar="IN_DIR", help="The model it was made of: compare the errors.")
+    ] = None,
+) -> None:
+    """Check tensors, scales, groups, index and configuration; exit code 1 if anything is wrong."""
+    rows: list[Errors] = []
+    with refusing("DIR", ValueError, OSError):
+        verifier = Verifier(path)
+        problems = list(verifier.problems())
+    if against is not None:
+        with refusing("--against", ValueError, OSError):
+            rows = list(verifier.errors(against, read_config(against)))
+            if not rows:
+                raise ValueError(f"{against} has no weight of {path}'s")
+        _print_errors(rows)
+    for problem in problems:
+        typer.echo(str(problem))
+    if problems:
+        typer.echo(f"{len(problems):,} problems in {len(verifier.modules):,} quantized modules")
+        raise typer.Exit(1)
+    typer.echo(f"{len(verifier.modules):,} quantized modules, nothing wrong")
+
+
+def _print_errors(rows: list[Errors]) -> None:
+    console = Console(highlight=False)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        caption="Squared errors: as stored; and under the stored global scale with block scales from the "
+        "blocks' maxima (absmax), and the best (exact). More: stored against exact.",
+        caption_justify="left",
+    )
+    table.add_column("module", overflow="fold")
+    for name in ("stored", "absmax", "exact", "more"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        more = round(-saving(row.stored, row.scales.exact), 2) + 0.0  # no -0
+        numbers = (row.stored, row.scales.absmax, row.scales.exact)
+        table.add_row(row.module, *(f"{number:#.5g}".rstrip(".") for number in numbers), f"{more:.2f} %")
+    if not console.is_terminal:  # A file or a pipe has no width.
+        needed = console.measure(table, options=console.options.update(max_width=1000)).maximum
+        table.width = needed
+        console.width = max(console.width, needed)
+    console.print(table)
