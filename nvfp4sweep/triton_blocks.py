@@ -19,6 +19,18 @@ def pick(x, thread):
 
 
 @triton.jit
+def next_thread(undecided, T: tl.constexpr):
+    """(where the first undecided thread is, the threads' numbers for work on its block by all of them).
+
+    The compiler cannot know that these are 0 .. T - 1: or it would work out addresses ahead of the sweep, and
+    hold them all the while.
+    """
+    lane = tl.arange(0, T)
+    number = tl.min(tl.where(undecided, lane, T), axis=0)
+    return lane == number, lane + tl.minimum(number, 0)
+
+
+@triton.jit
 def _split(x, T: tl.constexpr, N: tl.constexpr):
     """The N columns of [T, N] as N vectors [T]."""
     if N == 1:

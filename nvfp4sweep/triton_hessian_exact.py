@@ -17,7 +17,7 @@ from nvfp4sweep.triton_arithmetic import (
     two_sum,
     unit_below,
 )
-from nvfp4sweep.triton_blocks import nearest_point, pick, point_thresholds
+from nvfp4sweep.triton_blocks import nearest_point, next_thread, pick, point_thresholds
 from nvfp4sweep.triton_hessian_tables import FLUSHED, ROW_SUMS
 
 MARGIN = tl.constexpr(proofs.HESSIAN_MARGIN_FLOAT64)
@@ -163,14 +163,10 @@ def settle(peak, blocks, undecided, step, tables, single, lower, upper, hessian,
 
     One block after another. They are few, and the kernel may wait for one: so its codes go to all threads.
     """
-    lane = tl.arange(0, T)
     best = single
     flushed = peak.to(tl.float64) * peak.to(tl.float64) * FLUSHED
     while any_of(undecided):
-        number = tl.min(tl.where(undecided, lane, T), axis=0)
-        thread = lane == number
-        # Or the compiler would work out addresses ahead of the sweep, and hold them all the while.
-        lanes = lane + tl.minimum(number, 0)
+        thread, lanes = next_thread(undecided, T)
         found = _exact_best(pick(blocks, thread), step, pick(flushed, thread), tables, pick(single, thread),
                             pick(lower, thread), pick(upper, thread), hessian, lanes, T)  # fmt: skip
         best = tl.where(thread, found, best)

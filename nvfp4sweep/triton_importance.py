@@ -25,6 +25,7 @@ from nvfp4sweep.triton_blocks import (
     load_16,
     magnitude_of,
     nearest_point,
+    next_thread,
     pick,
     point_thresholds,
     row_and_column,
@@ -250,13 +251,9 @@ def settle(blocks, importance, undecided, ones, step, importance_step, tables, f
 
     One block after another. They are few, and the kernel may wait for one: so its codes go to all threads.
     """
-    lane = tl.arange(0, T)
     best = last
     while any_of(undecided):
-        number = tl.min(tl.where(undecided, lane, T), axis=0)
-        thread = lane == number
-        # Or the compiler would work out addresses ahead of the sweep, and hold them all the while.
-        lanes = lane + tl.minimum(number, 0)
+        thread, lanes = next_thread(undecided, T)
         found = _exact_best(pick(blocks, thread), pick(importance, thread), pick(ones, thread), step,
                             importance_step, tables, first, pick(last, thread), lanes, block_size,
                             T)  # fmt: skip
