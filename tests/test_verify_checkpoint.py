@@ -19,7 +19,7 @@ from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT,
 from nvfp4sweep.checkpoint.quantizer import Settings, quantize_checkpoint
 from nvfp4sweep.checkpoint.reader import CheckpointError
 from nvfp4sweep.checkpoint.verifier import Verifier
-from nvfp4sweep.checkpoint.writer import Entry, ShardWriter
+from nvfp4sweep.checkpoint.writer import Entry, open_shard
 
 O_PROJ = f"{LAYER}self_attn.o_proj"
 Edit = Callable[[dict[str, Any]], None]
@@ -36,7 +36,7 @@ def edit_shard(folder: Path, edit: Edit) -> None:
     tensors = {name: dict(tensor) for name, tensor in deserialize(path.read_bytes())}
     edit(tensors)
     entries = [Entry(n, t["dtype"], tuple(t["shape"]), len(t["data"])) for n, t in tensors.items()]
-    with ShardWriter(path, entries) as shard:
+    with open_shard(path, entries) as shard:
         for name, tensor in tensors.items():
             shard.write(name, [bytes(tensor["data"])])
     index = json.loads((folder / "model.safetensors.index.json").read_text())

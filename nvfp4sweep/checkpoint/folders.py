@@ -78,23 +78,31 @@ def check_apart(source: Path, target: Path) -> None:
         raise CheckpointError(f"{target} and {source} must not lie in each other: the input stays as it is")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        CheckpointError: it is not there, or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return content
+
+
 def read_config(source: Path) -> dict[str, Any]:
     """A model's config.json.
 
     Raises:
         CheckpointError: there is none, or it is of a quantized model.
     """
-    path = source / CONFIG_NAME
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
+    config = read_json(source / CONFIG_NAME)
     if "quantization_config" in config:
-        raise CheckpointError(f"{source} is quantized already: {path} has a quantization_config")
+        raise CheckpointError(f"{source} is quantized already: {CONFIG_NAME} has a quantization_config")
     return config
 
 

@@ -10,7 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from nvfp4sweep.checkpoint.report import Row, replacing, saving, sum_rows
+from nvfp4sweep.checkpoint.report import Row, saving, sum_rows
+from nvfp4sweep.checkpoint.writer import replacing
 from nvfp4sweep.formats import MAX_CODE
 
 #: With more tensors than this, those whose names differ only in numbers share a bar.

@@ -35,7 +35,7 @@ from nvfp4sweep.checkpoint.plan import (
 )
 from nvfp4sweep.checkpoint.reader import INDEX_NAME, Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.report import batch_dims, naming
-from nvfp4sweep.checkpoint.writer import Entry, ShardWriter, write_json
+from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
 from nvfp4sweep.formats import E4M3_MAX, MIN_CODE
 
 Array = npt.NDArray[Any]
@@ -49,7 +49,7 @@ class Packed(NamedTuple):
 
     Attributes:
         packed: uint8 [N, K / 2].
-        scale: float8_e4m3fn [N, K / 16].
+        scale: float8_e4m3fn [N, K / 16], or its bytes.
         global_scale: the multiplier, float32 [].
     """
 
@@ -233,13 +233,17 @@ class Job:
                     matching.setdefault(match.groups(), []).append(name)
             groups += matching.values()
         shared = dict(amaxes)
-        # Groups may overlap: what they join has one scale.
-        for _ in groups:
+        for group in groups:
+            if len({amaxes[name].shape for name in group}) > 1:
+                raise CheckpointError(f"{group[0]} and {group[-1]} share a scale, but not their experts")
+        # Groups may overlap: what they join has one scale. Those that do not are done in the first round.
+        changed = True
+        while changed:
+            changed = False
             for group in groups:
-                if len({amaxes[name].shape for name in group}) > 1:
-                    raise CheckpointError(f"{group[0]} and {group[-1]} share a scale, but not their experts")
-                most = np.max([shared[name] for name in group], axis=0)
-                shared.update((name, np.asarray(most)) for name in group)
+                most = np.asarray(np.max([shared[name] for name in group], axis=0))
+                changed |= any((shared[name] != most).any() for name in group)
+                shared.update(dict.fromkeys(group, most))
         return shared
 
     def _state(self) -> dict[str, Any]:
@@ -315,7 +319,7 @@ class Job:
             for tensor in weights:
                 self.advance("quantize", tensor)
             return
-        with ShardWriter(path, entries) as shard:
+        with open_shard(path, entries) as shard:
             for tensor in tensors:
                 if tensor.name not in chosen:
                     shard.write(tensor.name, self.checkpoint.chunks(tensor))

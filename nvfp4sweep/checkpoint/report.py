@@ -1,9 +1,8 @@
 """What exact scales save on each linear weight of a checkpoint: rows, a table and a CSV file."""
 
 import csv
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from nvfp4sweep.api import global_amax
 from nvfp4sweep.checkpoint.baselines import ScaleErrors, scale_errors, total
 from nvfp4sweep.checkpoint.plan import fusion_groups
 from nvfp4sweep.checkpoint.reader import Checkpoint, TensorInfo
+from nvfp4sweep.checkpoint.writer import replacing
 
 CAPTION = (
     "Squared errors, summed over the tensor, where every block takes its scale from its maximum (absmax), "
@@ -184,18 +184,6 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         for row in rows:
             errors = (row.errors.absmax, row.errors.four_over_six, row.errors.exact)
             writer.writerow((row.name, _shape(row), row.blocks, *errors, row.saving, row.seconds * 1e3))
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place on success and vanishes on failure."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def _shape(row: Row) -> str:

@@ -1,6 +1,5 @@
 """What is wrong with an NVFP4 checkpoint of either layout, whoever wrote it, and how large its errors are."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,19 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 import nvfp4sweep
+from nvfp4sweep import packing
 from nvfp4sweep.checkpoint.baselines import ScaleErrors, scale_errors
-from nvfp4sweep.checkpoint.folders import CONFIG_NAME
+from nvfp4sweep.checkpoint.folders import CONFIG_NAME, read_json
 from nvfp4sweep.checkpoint.layouts import LAYOUTS, Layout
 from nvfp4sweep.checkpoint.plan import fusion_groups, matrices, reason_to_skip
 from nvfp4sweep.checkpoint.reader import INDEX_NAME, Checkpoint, CheckpointError, TensorInfo
-from nvfp4sweep.formats import BLOCK_SIZE, E2M1_VALUES, E4M3_VALUES, NVFP4_MAX
+from nvfp4sweep.formats import BLOCK_SIZE, NVFP4_MAX
 
 Array = npt.NDArray[Any]
 
 #: Why a linear layer may have been left as it is: for none of these, or for nothing that its name tells.
 _LINEAR = (None, "output head", "router", "vision tower")
 _SIGN, _NAN = 0x80, 0x7F
-_POINTS = np.concatenate([E2M1_VALUES, -E2M1_VALUES]).astype(np.float32)
 
 
 class Problem(NamedTuple):
@@ -80,7 +79,8 @@ class Verifier:
         self.modules = {module.name: module for module in self._find_modules()}
         if not self.modules:
             raise CheckpointError(f"{path} has no NVFP4 weight of {' or '.join(LAYOUTS)}")
-        self._global_scales: dict[str, float] = {}
+        self._found: dict[str, list[Problem]] = {}
+        self._global_scales: dict[str, float] = {}  # of those looked at
 
     def problems(self) -> Iterator[Problem]:
         """All that is wrong, module by module, then between them, then in the configuration."""
@@ -105,8 +105,10 @@ class Verifier:
             weight = dense.read(tensor) if found else None
             for matrix in found:
                 module = self.modules[matrix.module]
-                if weight is not None and not any(self._of_module(module)):
-                    yield self._errors(module, np.ascontiguousarray(matrix.of(weight)))
+                packed, scale = module.packed, module.scale
+                if weight is None or packed is None or scale is None or self._of_module(module):
+                    continue
+                yield self._errors(module, packed, scale, np.ascontiguousarray(matrix.of(weight)))
 
     # --- modules ----------------------------------------------------------------------------------------
 
@@ -122,7 +124,13 @@ class Verifier:
             for name in sorted(names):
                 yield Module(name, layout, *(self._tensors.get(f"{name}.{end}") for end in ends))
 
-    def _of_module(self, module: Module) -> Iterator[Problem]:
+    def _of_module(self, module: Module) -> list[Problem]:
+        """Looked for once: it reads all scales."""
+        if module.name not in self._found:
+            self._found[module.name] = list(self._look_at(module))
+        return self._found[module.name]
+
+    def _look_at(self, module: Module) -> Iterator[Problem]:
         layout = module.layout
         for end, tensor in (
             (layout.packed, module.packed),
@@ -213,7 +221,7 @@ class Verifier:
     # --- the configuration ------------------------------------------------------------------------------
 
     def _of_config(self) -> Iterator[Problem]:
-        config = _read_json(self._path / CONFIG_NAME)
+        config = read_json(self._path / CONFIG_NAME)
         quantization = config.get("quantization_config")
         if not isinstance(quantization, dict):
             yield Problem(CONFIG_NAME, "has no quantization_config")
@@ -256,7 +264,7 @@ class Verifier:
         if not path.is_file():
             yield Problem(file, "is missing")
             return
-        quantization = _read_json(path).get("quantization") or {}
+        quantization = read_json(path).get("quantization") or {}
         for key in ("quant_algo", "group_size", "kv_cache_quant_algo", "exclude_modules"):
             if key not in quantization:
                 yield Problem(file, f"quantization has no {key}")
@@ -265,16 +273,16 @@ class Verifier:
 
     # --- errors -----------------------------------------------------------------------------------------
 
-    def _errors(self, module: Module, weight: Array) -> Errors:
-        assert module.packed is not None
-        assert module.scale is not None
-        packed = self._bytes(module.packed).reshape(module.packed.shape)
-        code = self._bytes(module.scale).reshape(module.scale.shape)
+    def _errors(self, module: Module, packed: TensorInfo, scale: TensorInfo, weight: Array) -> Errors:
         second = np.float32(self._global_scales[module.name])
         multiplier = np.float32(1) / second if module.layout.reciprocal else second
-        points = _POINTS[np.stack([packed & 15, packed >> 4], -1).reshape(len(packed), -1)]
-        scales = E4M3_VALUES[code].astype(np.float32) * multiplier
-        values = points * np.repeat(scales, BLOCK_SIZE, axis=1)
+        values = nvfp4sweep.QuantizedTensor(
+            self._bytes(packed).reshape(packed.shape),
+            packing.scale_bytes(self._bytes(scale).reshape(scale.shape)),
+            np.asarray(multiplier),
+            axis=1,
+            block_size=BLOCK_SIZE,
+        ).dequantize()
         stored = np.square(weight.astype(np.float64) - values).sum()
         amax = np.float32(multiplier * np.float32(NVFP4_MAX))
         best = nvfp4sweep.sweep(weight, global_amax=amax)
@@ -295,13 +303,3 @@ def _matches(name: str, ignored: Sequence[str]) -> bool:
         if re.fullmatch(expression, name):
             return True
     return False
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content

@@ -1,12 +1,11 @@
-"""A safetensors file written tensor by tensor. It has its name only once it is whole."""
+"""Files that have their name only once they are whole; a safetensors file written tensor by tensor."""
 
 import json
 import os
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import IO, Any, BinaryIO, NamedTuple
 
 #: Bytes an element. Tensors of other dtypes are only ever copied.
 ITEM_SIZES = {
@@ -34,19 +33,10 @@ class Entry(NamedTuple):
 
 
 class ShardWriter:
-    """The safetensors library writes a file from tensors that are all in memory; this takes one at a time.
+    """A safetensors file in the making: `open_shard` gives one."""
 
-    Use it as a context: where that ends in an exception, no file is left.
-
-    Args:
-        path: the file, replaced if it exists.
-        entries: all tensors, in any order. The file has those of the largest elements first, as aligned
-            readers need it, then by name.
-    """
-
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.tmp")
+    def __init__(self, stream: BinaryIO, entries: Sequence[Entry]) -> None:
+        self._stream = stream
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -57,7 +47,6 @@ class ShardWriter:
         encoded = json.dumps(header, separators=(",", ":")).encode()
         encoded += b" " * (-len(encoded) % _HEADER_ALIGNMENT)
         self._data = 8 + len(encoded)
-        self._stream = self._temporary.open("wb")
         self._stream.write(len(encoded).to_bytes(8, "little") + encoded)
 
     def write(self, name: str, chunks: Iterable[bytes | memoryview]) -> None:
@@ -72,36 +61,56 @@ class ShardWriter:
         if written != expected:
             raise ValueError(f"{name} has {written} bytes, and {expected} were announced")
 
-    def __enter__(self) -> Self:
-        return self
+    def check_whole(self) -> None:
+        """
+        Raises:
+            ValueError: a tensor was not written.
+        """
+        if self._places:
+            raise ValueError(f"{min(self._places)} was announced and not written")
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            if kind is None:
-                if self._places:
-                    raise ValueError(f"{min(self._places)} was announced and not written")
-                self._stream.flush()
-                os.fsync(self._stream.fileno())
-                self._stream.close()
-                self._temporary.replace(self._path)
-        finally:
-            self._stream.close()
-            with suppress(FileNotFoundError):
-                self._temporary.unlink()
+
+@contextmanager
+def open_shard(path: Path, entries: Sequence[Entry]) -> Iterator[ShardWriter]:
+    """The safetensors library writes a file from tensors that are all in memory; this takes one at a time.
+
+    Args:
+        path: the file, replaced if it exists.
+        entries: all tensors, in any order. The file has those of the largest elements first, as aligned
+            readers need it, then by name.
+    """
+    with replacing(path, resumed=True) as temporary, temporary.open("wb") as stream:
+        shard = ShardWriter(stream, entries)
+        yield shard
+        shard.check_whole()
+        _sync(stream)
 
 
 def write_json(path: Path, content: object) -> None:
     """Replace a file by this, whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
+    with replacing(path, resumed=True) as temporary, temporary.open("w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=2, sort_keys=True)
+        stream.write("\n")
+        _sync(stream)
+
+
+@contextmanager
+def replacing(path: Path, *, resumed: bool = False) -> Iterator[Path]:
+    """A temporary name beside `path` that takes its place on success and vanishes on failure.
+
+    Args:
+        resumed: the name is the same in every process: one overwrites what another was killed over.
+    """
+    name = f"{path.name}.tmp" if resumed else f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.with_name(name)
     try:
-        with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2, sort_keys=True)
-            stream.write("\n")
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield temporary
         temporary.replace(path)
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def _sync(stream: IO[Any]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
