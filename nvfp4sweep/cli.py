@@ -18,7 +18,7 @@ try:
     from nvfp4sweep.checkpoint.plan import Plan, make_plan
     from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
     from nvfp4sweep.checkpoint.report import Engine, Row, Swept
-    from nvfp4sweep.cli_checkpoint import quantize, verify
+    from nvfp4sweep.cli_checkpoint import convert, quantize, rescale_groups, verify
     from nvfp4sweep.cli_common import (
         add_bar,
         check_output,
@@ -40,6 +40,8 @@ app = typer.Typer(
 
 app.command()(quantize)
 app.command()(verify)
+app.command()(convert)
+app.command()(rescale_groups)
 
 
 def _print_version(asked: bool) -> None:
@@ -103,9 +105,9 @@ def report(
         shared = {}
         if fuse:
             groups = reports.fused_tensors(plan.tensors)
-            advance = add_bar(progress, "amax", [tensor for group in groups for tensor in group])
+            advance = add_bar(progress, "amax", checkpoint, [tensor for group in groups for tensor in group])
             shared = reports.shared_amaxes(checkpoint, groups, advance)
-        advance = add_bar(progress, "sweep", plan.tensors)
+        advance = add_bar(progress, "sweep", checkpoint, plan.tensors)
         for tensor in plan.tensors:
             weight = checkpoint.read(tensor)
             row, swept = reports.measure(tensor, weight, shared.get(tensor.name), engine)

@@ -11,12 +11,19 @@ from rich.console import Console
 from rich.table import Table
 
 from nvfp4sweep.checkpoint import quantizer
+from nvfp4sweep.checkpoint.converter import convert_checkpoint
 from nvfp4sweep.checkpoint.folders import read_config
 from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
+from nvfp4sweep.checkpoint.quality import PAGE_NAME
+from nvfp4sweep.checkpoint.reader import Checkpoint
 from nvfp4sweep.checkpoint.report import saving
+from nvfp4sweep.checkpoint.rescaler import check_groups
+from nvfp4sweep.checkpoint.rescaler import rescale_groups as rescale
+from nvfp4sweep.checkpoint.settings import Settings
 from nvfp4sweep.checkpoint.verifier import Errors, Verifier
-from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_device, to_torch
-from nvfp4sweep.formats import MAX_CODE
+from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_devices, to_torch
+from nvfp4sweep.cli_ranks import device_of_rank, ranks_of_environment
+from nvfp4sweep.formats import MAX_CODE, MIN_CODE
 
 
 def quantize(
@@ -36,7 +43,8 @@ def quantize(
         typer.Option(metavar="REGEX", help="One global scale for all with the same text in its parentheses."),
     ] = None,
     importance: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="safetensors: an importance an input, by tensor name.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Importances of inputs: safetensors by tensor name, GGUF imatrix."),
     ] = None,
     min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = 1,
     scale_max: Annotated[float, typer.Option(help="Largest block scale: 256 leaves headroom.")] = 448,
@@ -52,29 +60,41 @@ def quantize(
 
     An interrupted call leaves OUT_DIR.partial; the same call goes on from there.
     """
-    if layout not in LAYOUTS:
-        raise typer.BadParameter(f"{layout!r} is none of {', '.join(LAYOUTS)}", param_hint="--layout")
-    if not 1 <= min_code <= MAX_CODE:
-        raise typer.BadParameter(f"{min_code} must lie in 1 .. {MAX_CODE}", param_hint="--min-code")
-    device = resolve_device(device)
-    engine = quantizer.numpy_engine if device == "cpu" else _torch_quantizer(device)
-    with refusing("IN_DIR OUT_DIR", ValueError, OSError), progress_bars() as progress:
-        settings = quantizer.Settings(
+    _check_layout(layout)
+    _check_min_code(min_code)
+    ranks = ranks_of_environment()
+    devices = device_of_rank(resolve_devices(device), ranks)
+    engines = [quantizer.numpy_engine if name == "cpu" else torch_engine(name) for name in devices]
+    with refusing("IN_DIR OUT_DIR", ValueError, OSError), progress_bars(quiet=ranks.rank > 0) as progress:
+        settings = Settings(
             LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
             min_code, scale_max, strict, skip_bad,
         )  # fmt: skip
-        job = quantizer.Job(source, target, settings, importance, engine)
-        bars = {stage: add_bar(progress, stage, job.plan.tensors) for stage in quantizer.STAGES}
+        job = quantizer.Job(source, target, settings, importance, engines, ranks)
+        selection = job.selection
+        bars = {
+            stage: add_bar(progress, stage, selection.checkpoint, selection.plan.tensors)
+            for stage in quantizer.STAGES
+        }
         written = job.run(lambda stage, tensor: bars[stage](tensor))
+    if ranks.rank == 0:
+        _print_written(written, target)
+
+
+def _print_written(written: quantizer.Written, target: Path) -> None:
     typer.echo(
         f"{len(written.modules):,} matrices in NVFP4, {sum(map(len, written.skipped.values())):,} tensors as "
         f"they were, {written.n_bytes / 1e9:,.3f} GB: {target}"
     )
     for reason, names in written.skipped.items():
         typer.echo(f"  {reason}: {len(names):,}, {names[0]}" + (", ..." if names[1:] else ""))
+    for warning in written.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    typer.echo(f"What the scales are worth: {target / PAGE_NAME}")
 
 
-def _torch_quantizer(device: str) -> quantizer.Engine:
+def torch_engine(device: str) -> quantizer.Engine:
+    """Searches on this device of PyTorch's."""
     torch, package = require("torch", "--device"), require("nvfp4sweep_torch", "--device")
 
     def run(
@@ -91,6 +111,67 @@ def _torch_quantizer(device: str) -> quantizer.Engine:
         return quantizer.Packed(found.packed.cpu().numpy(), scale, found.global_scale.cpu().numpy())
 
     return run
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="An NVFP4 checkpoint, whoever wrote it.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    layout: Annotated[str, typer.Option(metavar="|".join(LAYOUTS), help="Whose names it is to have.")],
+) -> None:
+    """Write an NVFP4 checkpoint in the other layout, without touching codes and block scales."""
+    _check_layout(layout)
+    with refusing("DIR OUT", ValueError, OSError), progress_bars() as progress:
+        checkpoint = Checkpoint(source)
+        advance = add_bar(progress, "convert", checkpoint, checkpoint.tensors)
+        done = convert_checkpoint(source, target, LAYOUTS[layout], advance=advance)
+    activations = "W4A4" if done.with_input else "W4A16"
+    typer.echo(
+        f"{len(done.modules):,} modules ({activations}) from {done.before.name} to {layout}, "
+        f"{len(done.ignored):,} layers ignored: {target}"
+    )
+
+
+def rescale_groups(
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="An NVFP4 checkpoint, whoever wrote it.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="A folder that is not there yet.")],
+    group: Annotated[
+        list[str] | None,
+        typer.Option(metavar="REGEX", help="Weights with the same text in its parentheses are a group too."),
+    ] = None,
+    min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = MIN_CODE,
+) -> None:
+    """Give layers that runtimes fuse one global scale, where an NVFP4 checkpoint has several.
+
+    Only block scales move. Quantize the original weights again where they are at hand: that costs less.
+    """
+    _check_min_code(min_code)
+    groups = group or []
+    with refusing("--group", ValueError):
+        check_groups(groups)
+    with refusing("DIR OUT", ValueError, OSError), progress_bars() as progress:
+        checkpoint = Checkpoint(source)
+        advance = add_bar(progress, "rescale", checkpoint, checkpoint.tensors)
+        done = rescale(source, target, groups=groups, min_code=min_code, advance=advance)
+    if not done:
+        typer.echo("no group differs: nothing is written")
+        return
+    for member in done:
+        typer.echo(
+            f"{member.module}: {member.ratio:.4g} of the common scale, {member.exact:,} of {member.blocks:,} "
+            f"block scales exact, squared error {member.error:.3g} of the squared values"
+        )
+    typer.echo(f"{len(done):,} modules share their scale now: {target}")
+    typer.echo("With the original weights at hand, `nvfp4sweep quantize` on them costs less.")
+
+
+def _check_layout(layout: str) -> None:
+    if layout not in LAYOUTS:
+        raise typer.BadParameter(f"{layout!r} is none of {', '.join(LAYOUTS)}", param_hint="--layout")
+
+
+def _check_min_code(min_code: int) -> None:
+    if not MIN_CODE <= min_code <= MAX_CODE:
+        raise typer.BadParameter(f"{min_code} must lie in {MIN_CODE} .. {MAX_CODE}", param_hint="--min-code")
 
 
 def verify(

@@ -12,35 +12,48 @@ import numpy as np
 import numpy.typing as npt
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
-from nvfp4sweep.checkpoint.reader import TensorInfo
+from nvfp4sweep.checkpoint.reader import Checkpoint, TensorInfo
 
 
-def progress_bars() -> Progress:
+def progress_bars(quiet: bool = False) -> Progress:
     console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         TaskProgressColumn(),
-        TextColumn("{task.fields[read]} of {task.fields[tensors]} tensors, {task.completed:,.0f} elements"),
+        TextColumn("{task.fields[read]} of {task.fields[tensors]} tensors,"),
+        DownloadColumn(),
+        TransferSpeedColumn(),
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=quiet or not console.is_terminal,
     )
 
 
-def add_bar(progress: Progress, name: str, tensors: Sequence[TensorInfo]) -> Callable[[TensorInfo], None]:
-    """A bar for these tensors; the function returned moves it by one tensor."""
-    elements = sum(tensor.size for tensor in tensors)
-    task = progress.add_task(name, total=elements, tensors=len(tensors), read=0)
+def add_bar(
+    progress: Progress, name: str, checkpoint: Checkpoint, tensors: Sequence[TensorInfo]
+) -> Callable[[TensorInfo], None]:
+    """A bar for these tensors of a checkpoint; the function returned moves it by one tensor."""
+    task = progress.add_task(
+        name, total=sum(map(checkpoint.n_bytes, tensors)), tensors=f"{len(tensors):,}", read="0"
+    )
     read = 0
 
     def advance(tensor: TensorInfo) -> None:
         nonlocal read
         read += 1
-        progress.update(task, advance=tensor.size, read=read)
+        progress.update(task, advance=checkpoint.n_bytes(tensor), read=f"{read:,}")
 
     return advance
 
@@ -83,6 +96,14 @@ def resolve_device(device: str) -> str:
     if int(device.partition(":")[2] or 0) >= count:
         raise typer.BadParameter(f"{device}: PyTorch sees {count} CUDA devices", param_hint="--device")
     return device
+
+
+def resolve_devices(device: str) -> list[str]:
+    """All CUDA devices where none is named by its number."""
+    resolved = resolve_device(device)
+    if resolved != "cuda":
+        return [resolved]
+    return [f"cuda:{i}" for i in range(require("torch", "--device").cuda.device_count())]
 
 
 def to_torch(array: npt.NDArray[Any], device: str) -> Any:

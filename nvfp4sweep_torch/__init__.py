@@ -16,8 +16,10 @@ from torch import Tensor
 
 import nvfp4sweep
 from nvfp4sweep import Sweep, ZeroHessianWarning, formats, problem
-from nvfp4sweep_torch import _device, _ops
+from nvfp4sweep_torch import _device, _distributed, _ops
 from nvfp4sweep_torch._hessian import HessianAccumulator
+from nvfp4sweep_torch._layout import is_dtensor
+from nvfp4sweep_torch._many import calibrate_many, quantize_many
 from nvfp4sweep_torch._observe import accumulate_hessians
 from nvfp4sweep_torch._ops import Arrays, Options
 from nvfp4sweep_torch._tensors import as_weight, to_numpy
@@ -36,11 +38,13 @@ __all__ = [
     "ZeroHessianWarning",
     "accumulate_hessians",
     "calibrate",
+    "calibrate_many",
     "fp8_scale_candidates",
     "global_amax",
     "nvfp4_fp8_scale_sweep",
     "nvfp4_fp8_scale_sweep_hessian",
     "quantize",
+    "quantize_many",
     "scale_candidates",
     "sweep",
 ]
@@ -58,6 +62,8 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that a runtime computes with: products in float32, then rounded to `dtype`."""
+        if is_dtensor(self.packed):
+            return _distributed.dequantize(self, dtype)
         codes = torch.stack([self.packed & 15, self.packed >> 4], dim=self.axis + 1)
         magnitudes = torch.tensor(formats.E2M1_VALUES, dtype=torch.float32, device=codes.device)
         values = torch.cat([magnitudes, -magnitudes])[codes.flatten(self.axis, self.axis + 1).int()]
@@ -78,16 +84,23 @@ def calibrate(
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     """nvfp4sweep.calibrate for a tensor.
 
     Args:
         weight: dense float32, float16 or bfloat16 tensor of any strides on the CPU or a CUDA device;
             float64 is rounded to float32 first. Copied only if its axes cannot be merged by a view.
-        global_amax, importance, hessian: a number, an array, or a tensor on the weight's device.
+            A DTensor gives DTensors that lie as it does, if none of its shards cuts a block.
+        global_amax, importance, hessian: a number, an array, or a tensor on the weight's device; for a
+            DTensor the whole of it, or a DTensor that lies as the weight does.
         check_finite: raise ValueError on NaN or infinity. On CUDA this waits for the device; without
             it the call does not, and can be captured in a CUDA graph.
         implementation: "cpu" or "oracle" for CPU tensors, "triton" or "oracle" for CUDA tensors.
+        process_group: a torch.distributed.ProcessGroup whose ranks each call this with a part of the same
+            matrices, alike in their batch axes. They find the largest |w| of all of them by an all-reduce,
+            and nothing else is communicated; with a global_amax nothing is. If one rank's part has NaN or
+            infinity, all raise. Ranks with whole experts of their own need batch_dims=1, and no group.
 
     The other arguments, the errors and the source are those of nvfp4sweep.calibrate.
 
@@ -96,9 +109,11 @@ def calibrate(
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
     arrays = Arrays(weight, global_amax, importance, hessian)
-    if torch.compiler.is_compiling():
+    if _distributed.compiles(weight, process_group):
         return _ops.calibrate_op(*arrays.as_tensors(), *options)  # type: ignore[no-any-return]
-    return _ops.run_calibrate(arrays, options)
+    return _distributed.run(  # type: ignore[no-any-return]
+        _ops.run_calibrate, arrays, options, process_group
+    )
 
 
 def sweep(
@@ -113,6 +128,7 @@ def sweep(
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
+    process_group: Any = None,
 ) -> Sweep:
     """As `calibrate`, and also each block's E4M3 code, its error and the global amax.
 
@@ -121,9 +137,9 @@ def sweep(
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
     arrays = Arrays(weight, global_amax, importance, hessian)
-    if torch.compiler.is_compiling():
+    if _distributed.compiles(weight, process_group):
         return Sweep(*_ops.sweep_op(*arrays.as_tensors(), *options))
-    return Sweep(*_ops.run_sweep(arrays, options))
+    return Sweep(*_distributed.run(_ops.run_sweep, arrays, options, process_group))
 
 
 def quantize(
@@ -138,6 +154,7 @@ def quantize(
     min_code: int = formats.MIN_CODE,
     check_finite: bool = True,
     implementation: str | None = None,
+    process_group: Any = None,
 ) -> QuantizedTensor:
     """The weight in NVFP4 under the scales that `calibrate` finds; the same arguments and errors.
 
@@ -146,15 +163,20 @@ def quantize(
     """
     options = Options(axis, block_size, batch_dims, min_code, check_finite, implementation)
     arrays = Arrays(weight, global_amax, importance, hessian)
-    if torch.compiler.is_compiling():
+    if _distributed.compiles(weight, process_group):
         packed, code, scale = _ops.quantize_op(*arrays.as_tensors(), *options)
     else:
-        packed, code, scale = _ops.run_quantize(arrays, options)
+        packed, code, scale = _distributed.run(_ops.run_quantize, arrays, options, process_group)
     return QuantizedTensor(packed, code.view(torch.float8_e4m3fn), scale, axis % weight.ndim, block_size)
 
 
-def global_amax(*weights: Tensor, batch_dims: int = 0) -> Tensor:
-    """nvfp4sweep.global_amax for tensors of one device: float32 of the batch axes' shape, there."""
+def global_amax(*weights: Tensor, batch_dims: int = 0, process_group: Any = None) -> Tensor:
+    """nvfp4sweep.global_amax for tensors of one device: float32 of the batch axes' shape, there.
+
+    process_group and DTensors are what they are for `calibrate`.
+    """
+    if weights and (process_group is not None or any(map(is_dtensor, weights))):
+        return _distributed.global_amax(weights, batch_dims, process_group)
     tensors = [as_weight(weight) for weight in weights]
     devices = {tensor.device for tensor in tensors}
     if len(devices) > 1:

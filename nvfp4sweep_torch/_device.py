@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -27,8 +28,12 @@ def run(
     hessian: Any = None,
     *,
     check_finite: bool,
+    checked: Tensor | None = None,
 ) -> list[Tensor]:
     """The outputs of these names. Waits for the device only to check, and then not for the sweep itself.
+
+    Args:
+        checked: of room_for_checks: gets what there is to check, for a caller that does not wait for it yet.
 
     Raises:
         ValueError: a weight or a global amax that was read is not finite, or an amax is negative; an
@@ -50,12 +55,23 @@ def run(
             given,
             importance=None if weights is None else weights.expand(asked.shape).reshape(asked.view_shape),
             hessian=blocks,
-            checked=watch and watch.values,
+            checked=watch.values if watch else checked,
             after_check=watch and watch.mark,
         )
         if watch:
             watch.check()
     return list(found.values())
+
+
+def room_for_checks(matrices: int, device: torch.device) -> Tensor:
+    return torch.empty(matrices, _triton_launch().CHECKED, device=device)
+
+
+def bad_matrices(checked: Tensor) -> npt.NDArray[np.bool_]:
+    """Of which matrices the weight or the global amax is not finite, or the amax negative. Waits."""
+    largest, amax, *_ = checked.cpu().numpy().T
+    good: npt.NDArray[np.bool_] = np.isfinite(largest) & np.isfinite(amax) & (amax >= 0)
+    return ~good
 
 
 class _Watch:

@@ -64,7 +64,7 @@ class Options(NamedTuple):
 
 
 def run_calibrate(arrays: Arrays, options: Options) -> Tensor:
-    call = _Call(arrays, options)
+    call = Call(arrays, options)
     if call.engine == "triton":
         return call.on_device("amax")[0]
     return call.back(call.on_host(nvfp4sweep.calibrate))
@@ -72,7 +72,7 @@ def run_calibrate(arrays: Arrays, options: Options) -> Tensor:
 
 def run_sweep(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
     """(amax, code, error, global_amax)"""
-    call = _Call(arrays, options)
+    call = Call(arrays, options)
     if call.engine == "triton":
         return tuple(call.on_device("amax", "code", "error", "global_amax"))
     return tuple(map(call.back, call.on_host(nvfp4sweep.sweep)))
@@ -80,7 +80,7 @@ def run_sweep(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
 
 def run_quantize(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
     """(packed, E4M3 codes as uint8, global scale)"""
-    call = _Call(arrays, options)
+    call = Call(arrays, options)
     check_packable(call.problem)
     if call.engine == "triton":
         return tuple(call.on_device("packed", "code", "global_scale"))
@@ -89,7 +89,7 @@ def run_quantize(arrays: Arrays, options: Options) -> tuple[Tensor, ...]:
     return call.back(quantized.packed), call.back(code), call.back(quantized.global_scale)
 
 
-class _Call:
+class Call:
     """A checked call and the two ways to serve it."""
 
     def __init__(self, arrays: Arrays, options: Options):

@@ -1,7 +1,7 @@
 """The squared errors of the scales in common use, beside those of the exact ones.
 
-Plain NumPy in float64, a chunk of blocks at a time, and no code of an engine: the same arithmetic
-for every column of a report.
+In float64, a chunk of blocks at a time, and no code of an engine: the same arithmetic for every column
+of a report.
 """
 
 import os
@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import ml_dtypes
+import numba
 import numpy as np
 import numpy.typing as npt
 
@@ -21,7 +22,7 @@ FOUR_OVER_SIX_E4M3_MAX = 256.0
 
 _CHUNK_BLOCKS = 4096
 
-_Float64 = npt.NDArray[np.float64]
+_E4M3_VALUES = formats.E4M3_VALUES  # a constant to Numba
 
 
 class ScaleErrors(NamedTuple):
@@ -32,12 +33,16 @@ class ScaleErrors(NamedTuple):
         four_over_six: at the better of the scales that take it to 6 and to 4.
         exact: at the given codes.
         offsets: int64 [253]; how many blocks have the code `absmax code + i - 126`, at index i.
+        codes: int64 [127]; how many blocks have the code i.
+        clipped: how many blocks have an element beyond the amax of their given code.
     """
 
     absmax: float
     four_over_six: float
     exact: float
     offsets: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.int64]
+    clipped: int
 
 
 def scale_errors(
@@ -61,7 +66,7 @@ def scale_errors(
         return _chunk_errors(blocks[i, part], codes[i, part], amaxes[i])
 
     places = [(i, start) for i in range(matrices) for start in range(0, blocks.shape[1], _CHUNK_BLOCKS)]
-    # NumPy leaves the interpreter lock in its loops. `map` keeps the order, so sums do not vary.
+    # `map` keeps the order, so sums do not vary.
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         return total(list(pool.map(chunk, places)))
 
@@ -72,62 +77,115 @@ def total(parts: Sequence[ScaleErrors]) -> ScaleErrors:
         sum(part.four_over_six for part in parts),
         sum(part.exact for part in parts),
         np.sum([part.offsets for part in parts], axis=0, dtype=np.int64),
+        np.sum([part.codes for part in parts], axis=0, dtype=np.int64),
+        sum(part.clipped for part in parts),
     )
 
 
 def absmax_code(block_amax: npt.NDArray[Any], global_amax: np.float32) -> npt.NDArray[np.uint8]:
     """The E4M3 codes nearest to block_amax / global_amax * 448, ties to even, within 1 .. 126."""
-    if global_amax == 0:
-        return np.full(block_amax.shape, formats.MIN_CODE, np.uint8)
-    return _nearest_e4m3(block_amax * (formats.E4M3_MAX / np.float64(global_amax)))
-
-
-def four_over_six_scales(block_amax: npt.NDArray[Any], global_amax: np.float32) -> tuple[_Float64, _Float64]:
-    """The two scales of each block that 4/6 tries: its maximum at 6, and at 4."""
-    global_scale = np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX))
-    if global_scale == 0:
-        return np.zeros(block_amax.shape), np.zeros(block_amax.shape)
-    scaled = block_amax / np.float64(global_scale)
-    at_six, at_four = (formats.E4M3_VALUES[_nearest_e4m3(scaled / largest)] for largest in (6.0, 4.0))
-    return at_six * np.float64(global_scale), at_four * np.float64(global_scale)
-
-
-def squared_error(magnitude: _Float64, scale: npt.NDArray[Any]) -> _Float64:
-    """sum_i min_q (|w_i| - q scale)^2 over the E2M1 points q, for each block.
-
-    Args:
-        magnitude: float64 [blocks, 16], |w|.
-        scale: [blocks], >= 0.
-
-    Returns:
-        float64 [blocks].
-    """
-    scale = scale.astype(np.float64)[:, None]
-    ratio = magnitude / np.where(scale > 0, scale, 1.0)
-    # Neighbours among the E2M1 points are 0.5 apart below 2, 1 apart below 4, 2 apart up to 6.
-    spacing = np.where(ratio < 2, 0.5, np.where(ratio < 4, 1.0, 2.0))
-    nearest = np.minimum(np.rint(ratio / spacing) * spacing, formats.E2M1_MAX)
-    errors: _Float64 = np.square(magnitude - nearest * scale).sum(axis=1)
-    return errors
+    ratio = formats.E4M3_MAX / np.float64(global_amax) if global_amax > 0 else 0.0
+    flat = np.ascontiguousarray(block_amax, np.float64).reshape(-1) * ratio
+    codes: npt.NDArray[np.uint8] = _nearest_codes(flat).reshape(block_amax.shape)
+    return codes
 
 
 def _chunk_errors(
     blocks: npt.NDArray[Any], code: npt.NDArray[np.uint8], global_amax: np.float32
 ) -> ScaleErrors:
-    magnitude = np.abs(blocks.astype(np.float64))
-    block_amax = magnitude.max(axis=1)
-    scale = formats.scale_by_code(global_amax)
-    usual = absmax_code(block_amax, global_amax)
-    at_six, at_four = four_over_six_scales(block_amax, global_amax)
-    better = np.minimum(squared_error(magnitude, at_six), squared_error(magnitude, at_four))
-    return ScaleErrors(
-        float(squared_error(magnitude, scale[usual]).sum()),
-        float(better.sum()),
-        float(squared_error(magnitude, scale[code]).sum()),
-        np.bincount(code.astype(np.int64) - usual + formats.MAX_CODE, minlength=2 * formats.MAX_CODE + 1),
+    amax = np.float64(global_amax)
+    other = np.float64(np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX)))
+    offsets = np.zeros(2 * formats.MAX_CODE + 1, np.int64)
+    codes = np.zeros(formats.MAX_CODE + 1, np.int64)
+    absmax, four_over_six, exact, clipped = _add_errors(
+        _float32(blocks),
+        code,
+        formats.amax_by_code(global_amax),
+        formats.scale_by_code(global_amax),
+        formats.E4M3_MAX / amax if amax > 0 else 0.0,
+        other,
+        offsets,
+        codes,
     )
+    return ScaleErrors(absmax, four_over_six, exact, offsets, codes, clipped)
 
 
-def _nearest_e4m3(value: _Float64) -> npt.NDArray[np.uint8]:
-    code = np.minimum(value, formats.E4M3_MAX).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
-    return np.maximum(code, np.uint8(formats.MIN_CODE))
+def _float32(blocks: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if blocks.dtype == ml_dtypes.bfloat16:  # whose own conversion keeps other threads waiting
+        return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return blocks.astype(np.float32)
+
+
+# --- Numba ----------------------------------------------------------------------------------------------
+
+
+def _jit(*signature: str) -> Any:
+    njit: Any = numba.njit  # whose types know no star
+    # Sums may be reordered, and by that take vectors; nothing else that fastmath stands for.
+    return njit(*signature, nogil=True, cache=bool(signature), error_model="numpy", fastmath={"reassoc"})
+
+
+@_jit()
+def _nearest_code(value):  # type: ignore[no-untyped-def]
+    """Of the E4M3 values 1 .. 126 the nearest to a value >= 0, ties to the even code."""
+    if value >= 448.0:
+        return 126
+    if value < 2.0**-6:
+        return max(1, int(np.rint(value * 512.0)))
+    # Float64's bits, rounded to three of the significand; its exponent counts from 1023, E4M3's from 7.
+    bits = np.float64(value).view(np.int64)
+    rounded = (bits + (1 << 48) - 1 + ((bits >> 49) & 1)) >> 49
+    return rounded - ((1023 - 7) << 3)
+
+
+@_jit("uint8[::1](float64[::1])")
+def _nearest_codes(values):  # type: ignore[no-untyped-def]
+    codes = np.empty(len(values), np.uint8)
+    for i in range(len(values)):
+        codes[i] = _nearest_code(values[i])
+    return codes
+
+
+@_jit()
+def _squared_error(elements, scale):  # type: ignore[no-untyped-def]
+    """sum_i min_q (|w_i| - q scale)^2 over the E2M1 points q."""
+    inverse = 1 / scale if scale > 0 else 0.0
+    error = 0.0
+    for i in range(len(elements)):
+        w = np.float64(abs(elements[i]))
+        ratio = w * inverse
+        # Neighbours among the E2M1 points are 0.5 apart below 2, 1 apart below 4, 2 apart up to 6.
+        spacing = 0.5 if ratio < 2 else (1.0 if ratio < 4 else 2.0)
+        steps = ratio * (2.0 if ratio < 2 else (1.0 if ratio < 4 else 0.5))
+        residual = w - min(np.floor(steps + 0.5) * spacing, 6.0) * scale
+        error += residual * residual
+    return error
+
+
+@_jit(
+    "Tuple((float64, float64, float64, int64))(float32[:,::1], uint8[::1], float32[::1], float32[::1], "
+    "float64, float64, int64[::1], int64[::1])"
+)
+def _add_errors(  # type: ignore[no-untyped-def]
+    blocks, code, amax_by_code, scale_by_code, ratio, four_over_six_scale, offsets, codes
+):
+    """(errors at absmax, by 4/6, at `code`; blocks clipped there); the histograms are added to."""
+    absmax, four_over_six, exact, clipped = 0.0, 0.0, 0.0, 0
+    for block in range(len(blocks)):
+        elements = blocks[block]
+        largest = np.float32(0)
+        for i in range(len(elements)):
+            largest = max(largest, abs(elements[i]))
+        usual, chosen = _nearest_code(largest * ratio), code[block]
+        absmax += _squared_error(elements, np.float64(scale_by_code[usual]))
+        exact += _squared_error(elements, np.float64(scale_by_code[chosen]))
+        at_six, at_four = 0.0, 0.0
+        if four_over_six_scale > 0:
+            scaled = largest / four_over_six_scale
+            at_six = _E4M3_VALUES[_nearest_code(scaled / 6)] * four_over_six_scale
+            at_four = _E4M3_VALUES[_nearest_code(scaled / 4)] * four_over_six_scale
+        four_over_six += min(_squared_error(elements, at_six), _squared_error(elements, at_four))
+        offsets[np.int64(chosen) - usual + 126] += 1
+        codes[chosen] += 1
+        clipped += largest > amax_by_code[chosen]
+    return absmax, four_over_six, exact, clipped

@@ -35,6 +35,7 @@ class WorkFolder:
         self._path = target.with_name(f"{target.name}.partial")
         self._state = self._path / "state.json"
         self._result = self._path / "amax.json"
+        self._parts = self._path / "parts"
         self.checkpoint = self._path / "checkpoint"
         if not target.parent.is_dir():
             raise CheckpointError(f"the folder {target.parent} does not exist")
@@ -48,8 +49,8 @@ class WorkFolder:
         if taken and not self.finished:
             raise CheckpointError(f"{target} is there already: name a new folder, or an empty one")
         if not begun:
-            self._path.mkdir(exist_ok=True)
-            self.checkpoint.mkdir(exist_ok=True)
+            for folder in (self._path, self.checkpoint, self._parts):
+                folder.mkdir(exist_ok=True)
             write_json(self._state, state)
 
     def interim(self) -> Any:
@@ -59,11 +60,19 @@ class WorkFolder:
     def keep(self, result: Any) -> None:
         write_json(self._result, result)
 
+    def keep_of(self, part: str, result: Any) -> None:
+        """Keep what belongs to a part of the checkpoint, before that is there."""
+        write_json(self._parts / f"{part}.json", result)
+
+    def kept_of(self, part: str) -> Any:
+        return json.loads((self._parts / f"{part}.json").read_text(encoding="utf-8"))
+
     def finish(self) -> None:
         if not self.finished:
             os.replace(self.checkpoint, self._target)
             _sync(self._target.parent)
         self._result.unlink(missing_ok=True)
+        shutil.rmtree(self._parts, ignore_errors=True)
         self._state.unlink()
         self._path.rmdir()
 

@@ -27,6 +27,7 @@ class Layout:
     Attributes:
         scalar_shape: of the global scale and the input scale.
         reciprocal: whether these are divisors.
+        fp8_cache: what "kv_cache_scheme" is in its configuration where the KV cache is in FP8.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Layout:
     reciprocal: bool
     config: Callable[[Sequence[str], bool], Json]
     other_files: Callable[[Sequence[str], bool], dict[str, Json]]
+    fp8_cache: Json
 
     def entries(self, module: str, shape: tuple[int, int], with_input: bool) -> list[Entry]:
         """The tensors of a weight of this shape, [N, K]."""
@@ -72,6 +74,7 @@ class Layout:
         }
 
 
+_FP8_CACHE = {"dynamic": False, "num_bits": 8, "type": "float"}
 _PRODUCER = {"name": "nvfp4sweep", "version": nvfp4sweep.__version__}
 
 
@@ -145,6 +148,7 @@ MODELOPT = Layout(
     reciprocal=False,
     config=_modelopt_config,
     other_files=_modelopt_files,
+    fp8_cache=_FP8_CACHE,
 )
 COMPRESSED_TENSORS = Layout(
     name="compressed-tensors",
@@ -156,5 +160,6 @@ COMPRESSED_TENSORS = Layout(
     reciprocal=True,
     config=_compressed_tensors_config,
     other_files=lambda ignore, with_input: {},
+    fp8_cache=_FP8_CACHE | {"strategy": "tensor", "symmetric": True},
 )
 LAYOUTS = {layout.name: layout for layout in (MODELOPT, COMPRESSED_TENSORS)}

@@ -4,7 +4,7 @@ Both rules are here and nowhere else. They go by names, since a checkpoint holds
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,10 @@ FUSED_LAYERS = (
 )
 
 
+#: Layers of which each rank of tensor parallelism takes a part of the inputs, and in which numbers.
+_ROW_PARALLEL = re.compile(r"(^|\.)(o_proj|out_proj|down_proj|w2|wo|fc2|dense_4h_to_h)(\.weight)?$")
+_TENSOR_PARALLEL = (2, 4, 8)
+
 #: Models whose stacked experts are [E, K, N], and those of them that alternate rows of gate and up.
 TRANSPOSED_EXPERTS = frozenset({"llama4", "llama4_text", "gpt_oss"})
 INTERLEAVED_EXPERTS = frozenset({"gpt_oss"})
@@ -59,7 +63,7 @@ def make_plan(tensors: Iterable[TensorInfo], rule: Callable[[TensorInfo], str | 
     rule = rule or reason_to_skip
     chosen: list[TensorInfo] = []
     skipped: dict[str, list[str]] = {}
-    for tensor in sorted(tensors, key=lambda tensor: _natural_key(tensor.name)):
+    for tensor in sorted(tensors, key=lambda tensor: natural_key(tensor.name)):
         reason = rule(tensor)
         if reason is None:
             chosen.append(tensor)
@@ -161,6 +165,49 @@ def fusion_groups(names: Iterable[str]) -> list[tuple[str, ...]]:
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def _natural_key(name: str) -> list[tuple[bool, int, str]]:
+def shared_groups(names: Sequence[str], patterns: Sequence[str] = ()) -> list[tuple[str, ...]]:
+    """The names that share a global scale: fusion groups, and what expressions put together.
+
+    Groups that overlap are one. Only those of two or more are returned.
+
+    Args:
+        patterns: names that match one of these, with the same text in its parentheses, are a group.
+    """
+    groups = fusion_groups(names)
+    for pattern in patterns:
+        matching: dict[tuple[str | None, ...], list[str]] = {}
+        for name in names:
+            if match := re.search(pattern, name):
+                matching.setdefault(match.groups(), []).append(name)
+        groups += [tuple(group) for group in matching.values()]
+    joined: dict[str, tuple[str, ...]] = {}
+    for group in groups:
+        both = tuple(dict.fromkeys(member for name in group for member in joined.get(name, (name,))))
+        joined.update(dict.fromkeys(both, both))
+    distinct = {id(group): group for group in joined.values()}  # tuples hash all their names, each time
+    return [group for group in distinct.values() if len(group) > 1]
+
+
+def cut_by_tensor_parallelism(tensors: Iterable[TensorInfo], model_type: str = "") -> list[str]:
+    """A sentence for each kind of layer whose K, divided by the ranks, is no multiple of 16."""
+    found: dict[tuple[str, int], list[str]] = {}
+    for tensor in tensors:
+        if match := _ROW_PARALLEL.search(tensor.name):
+            columns = matrices(tensor, model_type)[0].shape[1]
+            found.setdefault((match[2], columns), []).append(tensor.name)
+    sentences = []
+    for (_, columns), names in found.items():
+        cut = [n for n in _TENSOR_PARALLEL if columns % n == 0 and columns // n % BLOCK_SIZE]
+        if cut:
+            others = f" and {len(names) - 1:,} like it" if len(names) > 1 else ""
+            sentences.append(
+                f"{names[0]}{others}: K = {columns:,}, and {cut[0]} ranks of tensor parallelism take "
+                f"{columns // cut[0]:,} each, which cuts blocks of {BLOCK_SIZE}"
+            )
+    return sentences
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """To sort by: layer 2 comes before layer 10."""
     parts = re.split(r"(\d+)", name)
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

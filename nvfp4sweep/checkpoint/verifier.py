@@ -1,7 +1,7 @@
 """What is wrong with an NVFP4 checkpoint of either layout, whoever wrote it, and how large its errors are."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -66,6 +66,7 @@ class Verifier:
         path: a folder with an NVFP4 checkpoint.
 
     Attributes:
+        checkpoint: its tensors.
         modules: its quantized layers, by name.
 
     Raises:
@@ -74,8 +75,8 @@ class Verifier:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._checkpoint = Checkpoint(path)
-        self._tensors = {tensor.name: tensor for tensor in self._checkpoint.tensors}
+        self.checkpoint = Checkpoint(path)
+        self._tensors = {tensor.name: tensor for tensor in self.checkpoint.tensors}
         self.modules = {module.name: module for module in self._find_modules()}
         if not self.modules:
             raise CheckpointError(f"{path} has no NVFP4 weight of {' or '.join(LAYOUTS)}")
@@ -89,6 +90,26 @@ class Verifier:
         yield from self._of_groups()
         yield from self._of_index()
         yield from self._of_config()
+
+    def structure(self) -> Iterator[Problem]:
+        """What keeps modules from being read: tensors missing, dtypes, shapes, scalars that scale nothing.
+
+        Block scales are not looked at, and a scalar may be [] or [1] in either layout.
+        """
+        for module in self.modules.values():
+            yield from self._of_tensors(module, {(), (1,)})
+
+    def scale_problems(self, module: Module) -> Iterator[Problem]:
+        """Block scales that are NaN, zero or negative."""
+        if module.scale is not None and module.scale.dtype == "F8_E4M3":
+            yield from self._of_scales(module, module.scale)
+
+    def bytes_of(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
+        return np.frombuffer(b"".join(self.checkpoint.chunks(tensor)), np.uint8)
+
+    def scalar(self, tensor: TensorInfo) -> np.float32:
+        """Of a global scale or an input scale."""
+        return np.float32(self.bytes_of(tensor).view(np.float32)[0])
 
     def errors(self, source: Path, config: dict[str, Any]) -> Iterator[Errors]:
         """Against the model that it was made of, for each module that is sound.
@@ -131,6 +152,10 @@ class Verifier:
         return self._found[module.name]
 
     def _look_at(self, module: Module) -> Iterator[Problem]:
+        yield from self._of_tensors(module, {module.layout.scalar_shape})
+        yield from self.scale_problems(module)
+
+    def _of_tensors(self, module: Module, scalar_shapes: Set[tuple[int, ...]]) -> Iterator[Problem]:
         layout = module.layout
         for end, tensor in (
             (layout.packed, module.packed),
@@ -149,18 +174,18 @@ class Verifier:
                 yield Problem(module.name, f"{_end(tensor)} is {tensor.dtype}, and must be {dtype}")
         for tensor in (module.global_scale, module.input_scale):
             if tensor is not None and tensor.dtype == "F32":
-                yield from self._of_scalar(module, tensor)
+                yield from self._of_scalar(module, tensor, scalar_shapes)
         yield from self._of_shapes(module)
-        if module.scale is not None and module.scale.dtype == "F8_E4M3":
-            yield from self._of_scales(module, module.scale)
 
-    def _of_scalar(self, module: Module, tensor: TensorInfo) -> Iterator[Problem]:
+    def _of_scalar(
+        self, module: Module, tensor: TensorInfo, shapes: Set[tuple[int, ...]]
+    ) -> Iterator[Problem]:
         shape = module.layout.scalar_shape
-        if tensor.shape != shape:
+        if tensor.shape not in shapes:
             yield Problem(
                 module.name, f"{_end(tensor)} has the shape {list(tensor.shape)}, not {list(shape)}"
             )
-        values = self._bytes(tensor).view(np.float32)
+        values = self.bytes_of(tensor).view(np.float32)
         if not (np.isfinite(values) & (values > 0)).all():
             yield Problem(
                 module.name, f"{_end(tensor)} is {values.tolist()}, and must be positive and finite"
@@ -182,7 +207,7 @@ class Verifier:
             )
 
     def _of_scales(self, module: Module, scale: TensorInfo) -> Iterator[Problem]:
-        code = self._bytes(scale)
+        code = self.bytes_of(scale)
         for what, bad in (
             ("NaN", (code & _NAN) == _NAN),
             ("zero", (code & _NAN) == 0),
@@ -192,9 +217,6 @@ class Verifier:
                 yield Problem(
                     module.name, f"{np.count_nonzero(bad):,} of {code.size:,} block scales are {what}"
                 )
-
-    def _bytes(self, tensor: TensorInfo) -> npt.NDArray[np.uint8]:
-        return np.frombuffer(b"".join(self._checkpoint.chunks(tensor)), np.uint8)
 
     # --- between them -----------------------------------------------------------------------------------
 
@@ -212,7 +234,7 @@ class Verifier:
     def _of_index(self) -> Iterator[Problem]:
         if not (self._path / INDEX_NAME).is_file():
             return
-        shards = {tensor.file for tensor in self._checkpoint.tensors}
+        shards = {tensor.file for tensor in self.checkpoint.tensors}
         for shard in sorted(shards):
             extra = {tensor.name for tensor in Checkpoint(shard).tensors} - set(self._tensors)
             if extra:
@@ -251,12 +273,12 @@ class Verifier:
 
     def _of_ignored(self, file: str, ignored: Sequence[str]) -> Iterator[Problem]:
         for name in self.modules:
-            if _matches(name, ignored):
+            if matches(name, ignored):
                 yield Problem(file, f"ignores {name}, which is quantized")
-        for tensor in self._checkpoint.tensors:
+        for tensor in self.checkpoint.tensors:
             name = tensor.name.removesuffix(".weight")
             linear = reason_to_skip(tensor) in _LINEAR and len(tensor.shape) == 2
-            if linear and not _matches(name, ignored):
+            if linear and not matches(name, ignored):
                 yield Problem(file, f"does not ignore {name}, which is not quantized")
 
     def _of_other_file(self, file: str, ignored: Sequence[str]) -> Iterator[Problem]:
@@ -277,8 +299,8 @@ class Verifier:
         second = np.float32(self._global_scales[module.name])
         multiplier = np.float32(1) / second if module.layout.reciprocal else second
         values = nvfp4sweep.QuantizedTensor(
-            self._bytes(packed).reshape(packed.shape),
-            packing.scale_bytes(self._bytes(scale).reshape(scale.shape)),
+            self.bytes_of(packed).reshape(packed.shape),
+            packing.scale_bytes(self.bytes_of(scale).reshape(scale.shape)),
             np.asarray(multiplier),
             axis=1,
             block_size=BLOCK_SIZE,
@@ -293,13 +315,13 @@ def _end(tensor: TensorInfo) -> str:
     return tensor.name.rpartition(".")[2]
 
 
-def _matches(name: str, ignored: Sequence[str]) -> bool:
-    """As runtimes read such lists: a name or that of a parent, with * or not, or "re:" and an expression."""
+def matches(name: str, ignored: Sequence[str]) -> bool:
+    """As runtimes read such lists: the name or a parent's, * for anything, or "re:" and how it begins."""
     for pattern in ignored:
         if pattern.startswith("re:"):
-            expression = pattern[3:]
+            found = re.match(pattern[3:], name)
         else:
-            expression = re.escape(pattern).replace(r"\*", ".*") + r"(\..*)?"
-        if re.fullmatch(expression, name):
+            found = re.fullmatch(re.escape(pattern).replace(r"\*", ".*") + r"(\..*)?", name)
+        if found:
             return True
     return False

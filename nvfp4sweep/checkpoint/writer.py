@@ -88,9 +88,13 @@ def open_shard(path: Path, entries: Sequence[Entry]) -> Iterator[ShardWriter]:
 
 def write_json(path: Path, content: object) -> None:
     """Replace a file by this, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace a file by this, whole or not at all."""
     with replacing(path, resumed=True) as temporary, temporary.open("w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True)
-        stream.write("\n")
+        stream.write(content)
         _sync(stream)
 
 

@@ -1,0 +1,123 @@
+"""What is to be done with a model: which tensors become what, which share a scale, what to warn of."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+import nvfp4sweep
+from nvfp4sweep.checkpoint.folders import identity, read_config
+from nvfp4sweep.checkpoint.importances import Importances
+from nvfp4sweep.checkpoint.plan import (
+    cut_by_tensor_parallelism,
+    make_plan,
+    matrices,
+    reason_to_skip,
+    shared_groups,
+)
+from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
+from nvfp4sweep.checkpoint.settings import Settings
+from nvfp4sweep.checkpoint.writer import Entry
+
+Array = npt.NDArray[Any]
+
+_EXCLUDED = "excluded by the caller"
+
+
+class Selection:
+    """
+    Args:
+        source: a Hugging Face folder.
+        importance: a file of importances.Importances, or None.
+
+    Attributes:
+        config: the model's config.json; `model_type` is of it.
+        plan: which tensors are quantized, and why others are not.
+        shards: the tensors of each file.
+        warnings: what may not be as the caller wants it, a sentence each.
+
+    Raises:
+        CheckpointError: the model cannot be quantized or read.
+    """
+
+    def __init__(self, source: Path, settings: Settings, importance: Path | None = None) -> None:
+        self.source, self.settings = source, settings
+        self.config = read_config(source)
+        self.model_type = str(self.config.get("model_type", ""))
+        self.checkpoint = Checkpoint(source)
+        self.importances = None if importance is None else Importances(importance, self.model_type)
+        self.plan = make_plan(self.checkpoint.tensors, self._reason_to_skip)
+        self.shards: dict[str, list[TensorInfo]] = {}
+        for tensor in self.checkpoint.tensors:
+            self.shards.setdefault(tensor.file.name, []).append(tensor)
+        if not self.plan.tensors:
+            raise CheckpointError(f"{source} has no linear weight to quantize")
+        if settings.strict and (uneven := self._uneven()):
+            raise CheckpointError(f"{uneven[0]} has a K that 16 does not divide, and strict is set")
+        self.warnings = tuple(self._warnings())
+
+    def state(self) -> dict[str, Any]:
+        """What the result depends on, as JSON has it."""
+        state = {
+            "version": nvfp4sweep.__version__,
+            "settings": asdict(self.settings) | {"layout": self.settings.layout.name},
+            "importance": None if self.importances is None else self.importances.identity(),
+            "config": self.config,
+            "files": {file: identity(self.source / file) for file in self.shards},
+        }
+        return json.loads(json.dumps(state))  # type: ignore[no-any-return]
+
+    def shared(self, amaxes: dict[str, Array]) -> dict[str, Array]:
+        """The global amaxes to use, from each tensor's own: what the groups share."""
+        shared = dict(amaxes)
+        for group in shared_groups(list(amaxes), self.settings.groups):
+            if len({amaxes[name].shape for name in group}) > 1:
+                raise CheckpointError(f"{group[0]} and {group[-1]} share a scale, but not their experts")
+            shared.update(dict.fromkeys(group, np.asarray(np.max([amaxes[name] for name in group], axis=0))))
+        return shared
+
+    def ignored(self, skipped: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
+        """The layers with a matrix that is not quantized."""
+        matrix = {tensor.name for tensor in self.checkpoint.tensors if len(tensor.shape) == 2}
+        names = (name for group in skipped.values() for name in group if name in matrix)
+        return tuple(sorted(name.removesuffix(".weight") for name in names if name.endswith(".weight")))
+
+    def entries(self, tensor: TensorInfo, is_quantized: bool) -> list[Entry]:
+        """What is written of a tensor."""
+        if not is_quantized:
+            return [Entry(tensor.name, tensor.dtype, tensor.shape, self.checkpoint.n_bytes(tensor))]
+        with_input = self.settings.input_scale is not None
+        return [
+            entry
+            for matrix in matrices(tensor, self.model_type)
+            for entry in self.settings.layout.entries(matrix.module, matrix.shape, with_input)
+        ]
+
+    def _reason_to_skip(self, tensor: TensorInfo) -> str | None:
+        included = any(re.search(pattern, tensor.name) for pattern in self.settings.include)
+        reason = reason_to_skip(tensor, self.model_type, whatever_its_name=included)
+        if reason is None and any(re.search(pattern, tensor.name) for pattern in self.settings.exclude):
+            return _EXCLUDED
+        return reason
+
+    def _uneven(self) -> list[str]:
+        return [
+            name for reason, names in self.plan.skipped.items() if "divisible" in reason for name in names
+        ]
+
+    def _warnings(self) -> Iterator[str]:
+        for name in self._uneven():
+            yield f"{name} stays as it is: 16 does not divide its K"
+        yield from cut_by_tensor_parallelism(self.plan.tensors, self.model_type)
+        if self.importances is not None:
+            without = [tensor.name for tensor in self.plan.tensors if not self.importances.has(tensor)]
+            if without:
+                yield (
+                    f"{len(without):,} of {len(self.plan.tensors):,} weights have no importance in the file, "
+                    f"the first {without[0]}: all their inputs count alike"
+                )

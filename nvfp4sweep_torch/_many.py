@@ -1,0 +1,228 @@
+"""Many weights in few launches: on CUDA those of one kind are stacked, a chunk at a time."""
+
+import contextlib
+import dataclasses
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import nvfp4sweep_torch
+from nvfp4sweep import formats
+from nvfp4sweep import problem as problems
+from nvfp4sweep_torch import _device
+from nvfp4sweep_torch._layout import is_dtensor
+from nvfp4sweep_torch._ops import Arrays, Call, Options
+from nvfp4sweep_torch._tensors import as_weight
+
+# Of a chunk: enough to do for its launches not to matter, and little memory beside the weights.
+_MOST_BYTES = 2**28
+_MOST_WEIGHTS = 512
+
+
+def calibrate_many(
+    weights: Iterable[Tensor],
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> list[Tensor]:
+    """[calibrate(weight) for weight in weights], in few launches for those on CUDA devices.
+
+    There weights of one shape and dtype are swept together: as many as take 256 MiB, at most 512. They are
+    copied into one tensor first, unless they lie at equal distances in one, as torch.unbind gives them.
+    Beyond the results a call holds one such copy, two of float64 weights, and a few MiB; larger weights are
+    swept alone, where they lie. Results are views: those of weights swept together share their memory.
+
+    Args:
+        weights: tensors as calibrate takes them, of any shapes, dtypes and devices.
+        global_amax: None for each weight's own, one number for all, or one for each weight, as calibrate
+            takes them, in a sequence or an array of one dimension.
+        check_finite: on CUDA this waits once a device, after everything is launched.
+
+    The other arguments are those of calibrate.
+
+    Returns:
+        What calibrate returns for each weight, in their order.
+
+    Raises:
+        As calibrate, with the place of the weight ahead of the message, as "weights[7]: "; of the weights
+        with NaN or infinity the first. ValueError if there are more or fewer global amaxes than weights.
+    """
+    options = Options(axis, block_size, 0, min_code, check_finite, implementation)
+    return _run(nvfp4sweep_torch.calibrate, ("amax",), lambda amax: amax, weights, global_amax, options)
+
+
+def quantize_many(
+    weights: Iterable[Tensor],
+    *,
+    global_amax: Any = None,
+    axis: int = -1,
+    block_size: int = formats.BLOCK_SIZE,
+    min_code: int = formats.MIN_CODE,
+    check_finite: bool = True,
+    implementation: str | None = None,
+) -> list["nvfp4sweep_torch.QuantizedTensor"]:
+    """[quantize(weight) for weight in weights], as calibrate_many does it; the same arguments and errors."""
+    options = Options(axis, block_size, 0, min_code, check_finite, implementation)
+
+    def finish(packed: Tensor, code: Tensor, global_scale: Tensor) -> nvfp4sweep_torch.QuantizedTensor:
+        scale = code.view(torch.float8_e4m3fn)
+        return nvfp4sweep_torch.QuantizedTensor(packed, scale, global_scale, axis % packed.ndim, block_size)
+
+    outputs = ("packed", "code", "global_scale")
+    return _run(nvfp4sweep_torch.quantize, outputs, finish, weights, global_amax, options)
+
+
+class _Group(NamedTuple):
+    """Weights of one kind, and the places of those that wait until they make up a chunk."""
+
+    problem: problems.Problem  # of one of them
+    size: int  # of a chunk; 0 where each is swept alone
+    waiting: list[int]
+
+
+def _run(
+    alone: Callable[..., Any],
+    outputs: tuple[str, ...],
+    finish: Callable[..., Any],
+    weights: Iterable[Any],
+    global_amax: Any,
+    options: Options,
+) -> list[Any]:
+    """What `alone` gives for each weight: from itself, or `finish` makes it of these outputs of a sweep."""
+    weights = list(weights)
+    amaxes = _one_each(global_amax, len(weights))
+    if torch.compiler.is_compiling():  # into operators, which take one weight
+        return [alone(w, global_amax=a, **options._asdict()) for w, a in zip(weights, amaxes, strict=True)]
+    amaxes = _checked_numbers(amaxes)
+    found: list[Any] = [None] * len(weights)
+    unseen: dict[torch.device, list[tuple[list[int], Tensor]]] = defaultdict(list)
+
+    def launch(group: _Group) -> None:
+        chunk = group.waiting.copy()
+        group.waiting.clear()
+        parts = [as_weight(weights[i]) for i in chunk]
+        checked = _device.room_for_checks(len(parts), parts[0].device) if options.check_finite else None
+        results = _sweep(parts, [amaxes[i] for i in chunk], group.problem, outputs, checked)
+        for i, result in zip(chunk, results, strict=True):
+            found[i] = finish(*result)
+        if checked is not None:
+            unseen[checked.device].append((chunk, checked))
+
+    groups: dict[Any, _Group] = {}
+    for i, (weight, amax) in enumerate(zip(weights, amaxes, strict=True)):
+        kind = _kind(weight, amax)
+        group = groups.get(kind)
+        if group is None:
+            with _naming(i):
+                group = groups[kind] = _group(weight, amax, options, outputs)
+        group.waiting.append(i)
+        if len(group.waiting) == group.size:  # the device is at work while the host goes on
+            launch(group)
+    for group in groups.values():
+        if group.size and group.waiting:
+            launch(group)
+    for chunks in unseen.values():
+        order = np.concatenate([chunk for chunk, _ in chunks])
+        for i in order[_device.bad_matrices(torch.cat([checked for _, checked in chunks]))]:
+            found[i] = None
+    # Those that are swept alone, and those that are not as they must be: a call of their own says how.
+    for i, result in enumerate(found):
+        if result is None:
+            with _naming(i):
+                found[i] = alone(weights[i], global_amax=amaxes[i], **options._asdict())
+    return found
+
+
+def _one_each(global_amax: Any, n: int) -> list[Any]:
+    several = isinstance(global_amax, Iterable) and getattr(global_amax, "ndim", 1) > 0
+    amaxes = list(global_amax) if several else [global_amax] * n
+    if len(amaxes) != n:
+        raise ValueError(
+            f"global_amax has {len(amaxes)} values for {n} weights: it must have one for each, or be a number"
+        )
+    return amaxes
+
+
+def _checked_numbers(amaxes: list[Any]) -> list[Any]:
+    """What is neither None nor a tensor as float32."""
+    given = [amax is None or isinstance(amax, Tensor) for amax in amaxes]
+    if all(given):
+        return amaxes
+    values = np.asarray([0.0 if skip else amax for amax, skip in zip(amaxes, given, strict=True)])
+    one_each = problems.make_problem((len(amaxes), 1), block_size=1, batch_dims=1)
+    numbers = problems.global_amax_per_matrix(values, one_each)
+    return [amax if skip else number for amax, skip, number in zip(amaxes, given, numbers, strict=True)]
+
+
+def _kind(weight: Any, amax: Any) -> Any:
+    """Equal for weights that can be swept together. Quick: it is asked of each."""
+    if not isinstance(weight, Tensor):
+        return type(weight)
+    given = (amax.dtype, amax.device, amax.shape) if isinstance(amax, Tensor) else None
+    return type(weight), weight.layout, weight.dtype, weight.device, weight.shape, type(amax), given
+
+
+def _group(weight: Any, amax: Any, options: Options, outputs: tuple[str, ...]) -> _Group:
+    """For the first weight of its kind, or the exception that says what is wrong with all of them."""
+    call = Call(Arrays(weight, amax), options)
+    if "packed" in outputs:
+        problems.check_packable(call.problem)
+    if isinstance(amax, Tensor):
+        problems.check_global_amax_shape(tuple(amax.shape), call.problem)
+    if call.engine != "triton" or is_dtensor(weight) or is_dtensor(amax):
+        return _Group(call.problem, 0, [])
+    fits = _MOST_BYTES // max(call.weight.nbytes, 1)
+    return _Group(call.problem, min(max(fits, 1), _MOST_WEIGHTS), [])
+
+
+def _sweep(
+    parts: list[Tensor],
+    amaxes: list[Any],
+    problem: problems.Problem,
+    outputs: tuple[str, ...],
+    checked: Tensor | None,
+) -> Iterator[tuple[Tensor, ...]]:
+    """The outputs of each part. Does not wait for the device."""
+    stacked = _stack(parts)
+    amax = None
+    if isinstance(amaxes[0], Tensor):
+        amax = torch.stack(amaxes)
+    elif amaxes[0] is not None:
+        # A CUDA graph would keep the address of these numbers: a copy that waits is refused there.
+        waits = stacked.is_cuda and torch.cuda.is_current_stream_capturing()
+        amax = torch.from_numpy(np.array(amaxes, np.float32)).to(stacked.device, non_blocking=not waits)
+    batch = dataclasses.replace(problem, shape=tuple(stacked.shape), axis=problem.axis + 1, batch_dims=1)
+    found = _device.run(stacked, batch, outputs, amax, check_finite=False, checked=checked)
+    return zip(*(output.unbind() for output in found), strict=True)
+
+
+def _stack(parts: list[Tensor]) -> Tensor:
+    """[n, *shape]: a view where the parts lie at equal distances in one storage, else a copy.
+
+    The copy's memory is free for the next chunk's when this one is launched: both are of the same stream.
+    """
+    first = parts[0]
+    if len(parts) == 1:
+        return first[None]
+    offsets = [part.storage_offset() for part in parts]
+    distance = offsets[1] - offsets[0]
+    storages = {(part.untyped_storage().data_ptr(), part.stride()) for part in parts}
+    if len(storages) == 1 and distance > 0 and offsets == list(range(offsets[0], offsets[-1] + 1, distance)):
+        return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
+    return torch.stack(parts)
+
+
+@contextlib.contextmanager
+def _naming(i: int) -> Iterator[None]:
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"weights[{i}]: {error}") from error
