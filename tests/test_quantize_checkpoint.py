@@ -25,8 +25,9 @@ from typer.testing import CliRunner
 from nvfp4sweep import cli, cli_checkpoint, formats
 from nvfp4sweep.checkpoint import quantizer
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
-from nvfp4sweep.checkpoint.quantizer import Settings, numpy_engine, quantize_checkpoint
+from nvfp4sweep.checkpoint.quantizer import numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.reader import CheckpointError
+from nvfp4sweep.checkpoint.settings import Settings
 
 Array = np.ndarray[Any, Any]
 LAYER = "model.layers.0."
@@ -294,7 +295,7 @@ def test_goes_on(model: Path, tmp_path: Path) -> None:
     for limit in (0, 3, 9, 0, 2):  # the first shard has seven
         calls = 0
         with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(model, tmp_path / "out", engine=failing(limit))
+            quantize_checkpoint(model, tmp_path / "out", engines=[failing(limit)])
         assert not (tmp_path / "out").exists()
         assert not list((tmp_path / "out.partial").rglob("*.tmp"))
     with pytest.raises(CheckpointError, match=r"out.partial is of another call"):
@@ -327,7 +328,7 @@ def _slow_engine(*arguments: Any) -> quantizer.Packed:
 
 
 def _run(model: Path, out: Path) -> None:
-    quantize_checkpoint(model, out, engine=_slow_engine)
+    quantize_checkpoint(model, out, engines=[_slow_engine])
 
 
 def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
@@ -461,5 +462,5 @@ def test_command(model: Path, tmp_path: Path) -> None:
 def test_torch_engine_is_the_same(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="PyTorch is not installed")
     quantize_checkpoint(model, tmp_path / "a")
-    quantize_checkpoint(model, tmp_path / "b", engine=cli_checkpoint._torch_quantizer("cpu"))
+    quantize_checkpoint(model, tmp_path / "b", engines=[cli_checkpoint.torch_engine("cpu")] * 2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
