@@ -5,13 +5,14 @@ python -m benchmarks.report --check    exit code 1 if a page is not what the led
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import ledger, report_objectives
 from benchmarks.report_cuda import cuda, cuda_objectives
 from benchmarks.report_jax import jax
+from benchmarks.report_scale import checkpoint, many, ranks
 from benchmarks.report_tables import CALLS, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -29,12 +30,17 @@ calls that are compared are interleaved in one run. `make benchmark` runs the CP
 """
 
 
-def page(newest: dict[str, dict[str, Any]]) -> str:
+def page(newest: dict[str, dict[str, Any]], of_ranks: Sequence[dict[str, Any]] = ()) -> str:
     parts = [_HEAD]
     if "cuda" in newest:
         parts.append(cuda(newest["cuda"], PLOT.name))
     if "cuda_objectives" in newest:
         parts.append(cuda_objectives(newest["cuda_objectives"]))
+    if "cuda_many" in newest:
+        parts.append(many(newest["cuda_many"]))
+    if of_ranks:
+        parts.append(ranks(list(of_ranks)))
+    parts += [checkpoint(newest[name]) for name in ("checkpoint_cuda", "checkpoint_cpu") if name in newest]
     parts += [jax(newest[name]) for name in ("jax_cuda", "jax_cpu") if name in newest]
     if "cpu" in newest:
         parts.append(_cpu(newest["cpu"]))
@@ -80,8 +86,9 @@ def _draw(sizes: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    newest = {entry["benchmark"]: entry for entry in ledger.entries()}
-    pages = {PAGE: page(newest)}
+    entries = ledger.entries()
+    newest = {entry["benchmark"]: entry for entry in entries}
+    pages = {PAGE: page(newest, [entry for entry in entries if entry["benchmark"] == "cuda_ranks"])}
     plots: dict[Path, Callable[[], None]] = {}
     sizes = newest.get("cuda", {}).get("sizes")
     if sizes:

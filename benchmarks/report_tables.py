@@ -92,6 +92,11 @@ def versions(entry: Row) -> str:
 
 
 def provenance(entry: Row) -> str:
+    return f"Weight {shape(entry)}, {run(entry)}."
+
+
+def run(entry: Row) -> str:
+    """On what code and machine it was measured, and when."""
     driver = f"driver {entry['cuda']['driver']}, " if "cuda" in entry else ""
     machine = f"; {driver}{entry['host']}" if "host" in entry else ""
-    return f"Weight {shape(entry)}, commit {entry['commit']}, {entry['time']}; {versions(entry)}{machine}."
+    return f"commit {entry['commit']}, {entry['time']}; {versions(entry)}{machine}"

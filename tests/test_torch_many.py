@@ -335,7 +335,9 @@ def experts():  # type: ignore[no-untyped-def]
 @pytest.mark.gpu
 def test_few_launches(experts) -> None:  # type: ignore[no-untyped-def]
     weights, expected = experts
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True
+    ) as profile:
         found = nt.calibrate_many(weights)
     same(found, expected)
     cuda = torch.autograd.DeviceType.CUDA

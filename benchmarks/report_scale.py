@@ -1,0 +1,116 @@
+"""The parts of docs/benchmarks.md on many weights, several GPUs and whole checkpoints."""
+
+from typing import Any
+
+from benchmarks.report_tables import plain_table, run, times
+
+Row = dict[str, Any]
+
+_RANKS = {
+    "calibrate": "`calibrate(local, process_group=...)`",
+    "calibrate_unchecked": "the same without check",
+    "sweep": "the sweep alone: global amax given, no check",
+    "global_amax": "`global_amax(local, process_group=...)`",
+    "all_reduce": "an all-reduce of one float",
+}
+_MANY = {
+    "many": "`calibrate_many` of separate weights",
+    "many_parts_of_one": "`calibrate_many` of the parts of one tensor",
+    "stacked": "`calibrate` of one stacked tensor",
+    "loop": "`calibrate` of one weight after another",
+}
+_SECONDS = {
+    "copy": "the input's files copied",
+    "quantize_checkpoint": "`quantize_checkpoint`",
+    "engine": "of that in the engine: to the device, search, pack, and back; all devices together",
+}
+_PARTS = {
+    "read": "the weights read, one after another",
+    "amax": "their global amaxes",
+    "quantize": "search and pack",
+    "copy_result": "the result's files copied",
+}
+
+
+def ranks(entries: list[Row]) -> str:
+    """Of the newest run for each number of ranks."""
+    by_number = {entry["ranks"]: entry for entry in entries}
+    numbers = sorted(by_number)
+    first = by_number[numbers[0]]["wall"]
+    cells = {
+        text: [
+            f"{times(by_number[n]['wall'][name])}, "
+            f"{first[name]['p50_ms'] / by_number[n]['wall'][name]['p50_ms']:.2f}"
+            for n in numbers
+        ]
+        for name, text in _RANKS.items()
+    }
+    newest = by_number[numbers[-1]]
+    shape = "x".join(map(str, newest["shape"]))
+    same = len({entry["checksum"] for entry in by_number.values()}) == 1
+    head = [
+        "call to result, on the slowest rank",
+        *(f"{n} GPU{'s' * (n > 1)}: ms, speed-up" for n in numbers),
+    ]
+    return "\n".join(
+        [
+            f"## Ranks: {newest['device']}", "",
+            f"One weight {shape}, {newest['dtype']}, sharded by rows; NCCL. Of {run(newest)}.", "",
+            *plain_table(head, cells), "",
+            f"The codes have {'one checksum' if same else 'different checksums'}, whatever the number; of"
+            f" {newest['blocks_compared']:,} blocks they were compared with the oracle's before.", "",
+        ]
+    )  # fmt: skip
+
+
+def many(entry: Row) -> str:
+    base = entry["stacked"]["elements_per_second"]
+    cells = {
+        text: [
+            f"{entry[name]['tensors']:,}",
+            times(entry[name]),
+            f"{entry[name]['elements_per_second'] / 1e9:.1f}",
+            f"{100 * entry[name]['elements_per_second'] / base:.0f} %",
+        ]
+        for name, text in _MANY.items()
+    }
+    shape = "x".join(map(str, entry["shape"]))
+    head = ["", "weights", "ms", "10^9 elements a second", "of the stacked tensor's"]
+    return "\n".join(
+        [
+            f"## Many weights: {entry['device']}", "",
+            f"Weights {shape}, {entry['dtype']}, each with its own amax and check. Of {run(entry)}.", "",
+            *plain_table(head, cells), "",
+            f"Compared before: {entry['blocks_equal_to_cpu']:,} blocks with the CPU engine's,"
+            f" {entry['blocks_equal_to_stacked']:,} with those of the stacked tensor.", "",
+        ]
+    )  # fmt: skip
+
+
+def checkpoint(entry: Row) -> str:
+    seconds = {text: [f"{entry['seconds'][name]:.1f}"] for name, text in _SECONDS.items()}
+    parts = {text: [f"{entry['parts_seconds'][name]:.1f}"] for name, text in _PARTS.items()}
+    lines = [
+        f"## Checkpoints: {entry['device']}",
+        "",
+        f"A Llama of {entry['layers']} layers as large as Llama 3.1 8B's: {entry['input_bytes'] / 1e9:.1f} GB"
+        f" in, {entry['output_bytes'] / 1e9:.1f} GB out; files dropped from the page cache before. Of"
+        f" {run(entry)}.",
+        "",
+        *plain_table(["", "seconds"], seconds | {"by themselves:": [""]} | parts),
+        "",
+        f"Input a second: {entry['input_gb_per_second']} GB; the copy {entry['copy_gb_per_second']} GB."
+        f" {entry['blocks_compared']:,} blocks of the result were compared with the oracle's.",
+        "",
+    ]
+    if "peak_bytes" in entry:
+        largest, peak, least = (
+            entry[name] / 1e6
+            for name in ("largest_tensor_bytes", "peak_bytes", "peak_bytes_of_next_to_nothing")
+        )
+        lines += [
+            f"Peak memory with stacks of experts of {largest:,.0f} MB each: {peak:,.0f} MB,"
+            f" {peak / largest:.2f} times that, of which {least:,.0f} MB are there with next to no weights.",
+            "",
+        ]
+    return "\n".join(lines)
