@@ -166,7 +166,6 @@ CASES = [
     Case("no-blocks", lambda rng, rows: np.zeros((0, 32), np.float32)),
     Case("no-columns", lambda rng, rows: np.zeros((3, 0), np.float32)),
     Case("one-dimension", lambda rng, rows: normal(rng, rows).reshape(-1)),
-    Case("min-code-1", blocks_over_decades, {"min_code": 1}),
     Case("min-code-100", normal, {"min_code": 100}),
     Case("min-code-126", normal, {"min_code": 126}),
     Case("block-32", normal, {"block_size": 32}),
@@ -179,8 +178,9 @@ CASES = [
     Case("axis-0-block-32", lambda rng, rows: normal(rng, COLUMNS, rows), {"axis": 0, "block_size": 32}),
     Case("axis-0-bfloat16", lambda rng, rows: as_dtype(ml_dtypes.bfloat16)(rng, rows).T, {"axis": 0}),
     Case("middle-axis", lambda rng, rows: normal(rng, rows).reshape(-1, 16, 3), {"axis": 1}),
-    Case("transposed", lambda rng, rows: normal(rng, COLUMNS, 2 * rows).T),
-    Case("strided", lambda rng, rows: normal(rng, 2 * rows, 2 * COLUMNS)[::2, 16:-16:2][:, :80]),
+    # Of the shape that most cases have: what compiles for each shape does not do so again.
+    Case("transposed", lambda rng, rows: normal(rng, COLUMNS, rows).T),
+    Case("strided", lambda rng, rows: normal(rng, 2 * rows, 2 * COLUMNS + 32)[::2, 16:-16:2]),
     Case("experts", lambda rng, rows: normal(rng, rows).reshape(2, -1, COLUMNS), {"batch_dims": 1}),
     Case(
         "experts-given-amax",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import triton_interpreter
 
 import nvfp4sweep
 
@@ -28,6 +29,8 @@ if CUDA:
 else:
     # Before Triton is imported: its kernels then run on the CPU.
     os.environ["TRITON_INTERPRET"] = "1"
+    if importlib.util.find_spec("triton") is not None:
+        triton_interpreter.hasten()
 
 #: Engines that must not be skipped, as NVFP4SWEEP_REQUIRE=triton,jax on a machine that has them.
 REQUIRED = set(filter(None, os.environ.get("NVFP4SWEEP_REQUIRE", "").split(",")))

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 SHAPE = (16, 128)
+#: For tests of what is around the search, and not of it: XLA takes half the time to compile it.
+SMALL = {"block_size": 4}
 
 
 needs_host = pytest.mark.usefixtures("on_host")

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases import CASES, Case
-from conftest import Engine
+from conftest import CUDA, Engine
 from engine_helpers import adversarial_blocks, assert_same
 from hypothesis import HealthCheck, given, settings
 
@@ -24,10 +24,22 @@ def test_case(case: Case, engine: Engine) -> None:
 
 
 PACKABLE = [case for case in CASES if case.options.get("block_size", 16) % 2 == 0]
+#: Of engines that take seconds a case, interpreted or compiled anew, those that test_case searches and that
+#: are packed as others are.
+PACKED_AS_OTHERS = {
+    "triton": {"amax-subnormal", "tiny", "subnormal", "block-96"},
+    "jit": {
+        "float16", "bfloat16", "float16-ends", "sparse-bfloat16", "axis-0-bfloat16", "one-block",
+        "one-dimension", "blocks-over-decades-min-code-8", "min-code-100", "min-code-126", "block-32",
+        "block-32-over-decades", "axis-0-block-32", "block-96", "experts-given-amax", "two-batch-axes",
+    },
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", PACKABLE, ids=str)
 def test_quantized_bytes(case: Case, engine: Engine) -> None:
+    if not CUDA and case.name in PACKED_AS_OTHERS.get(engine.name, ()):
+        pytest.skip("packed as other cases are")
     weight = case.weight(engine.rows)
     expected = nvfp4sweep.quantize(weight, implementation="oracle", **case.options)
     packed, scale, global_scale = engine.quantize(weight, **case.options)
@@ -42,14 +54,12 @@ def test_calibrate_is_the_amax_of_the_sweep(engine: Engine) -> None:
 
 
 def test_blocks_on_the_grid(engine: Engine) -> None:
-    slow = engine.rows < 8
+    examples, blocks = (5, 16) if engine.rows < 8 else (60, 2)
 
-    @settings(max_examples=20 if slow else 60, deadline=None, suppress_health_check=list(HealthCheck))
-    @given(drawn=adversarial_blocks())
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(drawn=adversarial_blocks(blocks))
     def check(drawn: tuple[Any, float]) -> None:
         weight, amax = drawn
-        if slow:
-            weight = weight[:1]
         expected = nvfp4sweep.sweep(weight, global_amax=amax, implementation="oracle")
         assert_same(engine.sweep(weight, global_amax=amax).code, expected.code, "code")
 

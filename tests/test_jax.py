@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
-from jax_helpers import SHAPE, gaussian, needs_host, same, same_quantized, same_sweep
+from jax_helpers import SHAPE, SMALL, gaussian, needs_host, same, same_quantized, same_sweep
 
 import nvfp4sweep
 import nvfp4sweep_jax
@@ -20,23 +20,22 @@ from nvfp4sweep_jax import _call
 # --- tracing --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("axis", [-1, 0])
-@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize(("axis", "dtype"), [(-1, np.float32), (0, ml_dtypes.bfloat16)])
 def test_jit(axis, dtype):
     weight = gaussian(dtype=dtype)
-    expected = nvfp4sweep.sweep(weight, axis=axis)
-    same_sweep(jax.jit(partial(nvfp4sweep_jax.sweep, axis=axis))(weight), expected)
+    expected = nvfp4sweep.sweep(weight, axis=axis, **SMALL)
+    same_sweep(jax.jit(partial(nvfp4sweep_jax.sweep, axis=axis, **SMALL))(weight), expected)
 
 
 def test_jit_with_traced_global_amax():
     weight = gaussian()
-    traced = jax.jit(lambda w, g: nvfp4sweep_jax.calibrate(w, global_amax=g))
+    traced = jax.jit(lambda w, g: nvfp4sweep_jax.calibrate(w, global_amax=g, **SMALL))
     for given in (4.8125, 1e-42, 0.0):
-        same(traced(weight, given), nvfp4sweep.calibrate(weight, global_amax=given))
+        same(traced(weight, given), nvfp4sweep.calibrate(weight, global_amax=given, **SMALL))
     # A concrete weight with a traced amax is traced too.
     weight = jnp.asarray(weight)
-    closed = jax.jit(lambda g: nvfp4sweep_jax.calibrate(weight, global_amax=g))
-    same(closed(jnp.bfloat16(5.25)), nvfp4sweep.calibrate(np.asarray(weight), global_amax=5.25))
+    closed = jax.jit(lambda g: nvfp4sweep_jax.calibrate(weight, global_amax=g, **SMALL))
+    same(closed(jnp.bfloat16(5.25)), nvfp4sweep.calibrate(np.asarray(weight), global_amax=5.25, **SMALL))
     with pytest.raises(ValueError, match=r"global_amax has shape \(2,\)"):
         closed(jnp.ones(2))
     with pytest.raises(TypeError, match="global_amax has dtype complex64"):
@@ -45,26 +44,22 @@ def test_jit_with_traced_global_amax():
 
 def test_vmap_is_batch_dims():
     weight = gaussian((3, 32, 64)) * np.array([1, 1e-3, 1e4], np.float32)[:, None, None]
-    expected = nvfp4sweep.sweep(weight, batch_dims=1, axis=1)
-    mapped = jax.vmap(partial(nvfp4sweep_jax.sweep, axis=0))
+    options = {"batch_dims": 1, "axis": 1, **SMALL}
+    expected = nvfp4sweep.sweep(weight, **options)
+    mapped = jax.vmap(partial(nvfp4sweep_jax.sweep, axis=0, **SMALL))
     same_sweep(jax.jit(mapped)(weight), expected)
-    same_sweep(
-        nvfp4sweep_jax.sweep(jnp.asarray(weight), batch_dims=1, axis=1, implementation="xla"), expected
-    )
+    same_sweep(nvfp4sweep_jax.sweep(jnp.asarray(weight), implementation="xla", **options), expected)
     given = np.array([5.25, 0, 1e-42], np.float32)
-    expected = nvfp4sweep.calibrate(weight, batch_dims=1, global_amax=given)
-    same(jax.vmap(lambda w, g: nvfp4sweep_jax.calibrate(w, global_amax=g))(weight, given), expected)
+    expected = nvfp4sweep.calibrate(weight, batch_dims=1, global_amax=given, **SMALL)
+    same(jax.vmap(lambda w, g: nvfp4sweep_jax.calibrate(w, global_amax=g, **SMALL))(weight, given), expected)
 
 
 @needs_host
 def test_loops_over_layers():
     weight = gaussian((3, 32, 64))
-    expected = nvfp4sweep.sweep(weight, batch_dims=1, axis=1)
-    search = partial(nvfp4sweep_jax.sweep, axis=0)
+    expected = nvfp4sweep.sweep(weight, batch_dims=1, axis=1, **SMALL)
+    search = partial(nvfp4sweep_jax.sweep, axis=0, **SMALL)
     same_sweep(jax.jit(lambda w: lax.map(search, w))(weight), expected)
-    same_sweep(
-        jax.jit(lambda w: lax.scan(lambda carry, layer: (carry, search(layer)), 0, w)[1])(weight), expected
-    )
     donating = jax.jit(lambda w: (jax.vmap(search)(w), w + 1), donate_argnums=0)
     found, increased = donating(jnp.array(weight))
     same_sweep(found, expected)
@@ -80,12 +75,15 @@ def test_lowers_for_every_platform(platform):
 
 def test_exports_for_several_platforms():
     weight = gaussian()
-    for function in (nvfp4sweep_jax.sweep, nvfp4sweep_jax.quantize):
+    stored = nvfp4sweep.quantize(weight, **SMALL)
+    for function, expected in (
+        (nvfp4sweep_jax.sweep, nvfp4sweep.sweep(weight, **SMALL)),
+        (nvfp4sweep_jax.quantize, (stored.packed, stored.scale, stored.global_scale)),
+    ):
         exported = jax.export.export(
-            jax.jit(partial(function, implementation="xla")), platforms=("cpu", "cuda", "tpu")
+            jax.jit(partial(function, implementation="xla", **SMALL)), platforms=("cpu", "cuda", "tpu")
         )(weight)
-        found = jax.tree.leaves(exported.call(weight))
-        for a, b in zip(found, jax.tree.leaves(jax.jit(function)(weight)), strict=True):
+        for a, b in zip(jax.tree.leaves(exported.call(weight)), expected, strict=True):
             same(a, b)
 
 
@@ -105,33 +103,37 @@ def test_64_bit_mode_of_the_user():
         array = jnp.asarray(wide)
         assert array.dtype == jnp.float64
         for implementation in ("cpu", "xla"):
-            found = nvfp4sweep_jax.sweep(array, implementation=implementation)
-            same_sweep(found, nvfp4sweep.sweep(wide.astype(np.float32)))
-        same(jax.jit(nvfp4sweep_jax.calibrate)(array), nvfp4sweep.calibrate(weight))
+            found = nvfp4sweep_jax.sweep(array, implementation=implementation, **SMALL)
+            same_sweep(found, nvfp4sweep.sweep(wide.astype(np.float32), **SMALL))
+        calibrate = jax.jit(partial(nvfp4sweep_jax.calibrate, **SMALL))
+        same(calibrate(array), nvfp4sweep.calibrate(weight, **SMALL))
 
 
 def test_strict_dtype_promotion():
     with jax.numpy_dtype_promotion("strict"):
-        same(jax.jit(nvfp4sweep_jax.calibrate)(gaussian()), nvfp4sweep.calibrate(gaussian()))
+        calibrate = jax.jit(partial(nvfp4sweep_jax.calibrate, **SMALL))
+        same(calibrate(gaussian()), nvfp4sweep.calibrate(gaussian(), **SMALL))
 
 
 def test_results_are_constants_to_grad():
     weight = jnp.asarray(gaussian())
-    gradient = jax.grad(lambda w: jnp.sum(nvfp4sweep_jax.calibrate(w)) + jnp.sum(w))(weight)
+    calibrate = partial(nvfp4sweep_jax.calibrate, **SMALL)
+    gradient = jax.grad(lambda w: jnp.sum(calibrate(w)) + jnp.sum(w))(weight)
     same(gradient, np.ones(SHAPE, np.float32))
-    gradient = jax.grad(lambda g: jnp.sum(nvfp4sweep_jax.calibrate(weight, global_amax=g)))(3.0)
+    gradient = jax.grad(lambda g: jnp.sum(calibrate(weight, global_amax=g)))(3.0)
     assert gradient == 0
 
 
 def test_nan_under_jit_gives_nan():
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-        weight = gaussian((32, 256), dtype=dtype)
+        weight = gaussian(dtype=dtype)
         weight[3, 5] = np.nan
         assert np.isnan(jax.jit(nvfp4sweep_jax.global_amax)(weight))
     weight = weight.astype(np.float32)
-    assert np.isnan(jax.jit(nvfp4sweep_jax.calibrate)(weight)).all()
+    calibrate = partial(nvfp4sweep_jax.calibrate, implementation="xla", **SMALL)
+    assert np.isnan(jax.jit(calibrate)(weight)).all()
     with pytest.raises(ValueError, match=r"weight\[3, 5\] is nan"):
-        nvfp4sweep_jax.calibrate(jnp.asarray(weight), implementation="xla")
+        calibrate(jnp.asarray(weight))
 
 
 def test_traced_global_amax_of_several_weights():
@@ -147,7 +149,7 @@ def test_traced_global_amax_of_several_weights():
 @pytest.mark.parametrize("implementation", ["cpu", "xla"])
 def test_quantize_is_the_cores(axis, implementation):
     weight = gaussian((2, 32, 48)).astype(ml_dtypes.bfloat16)
-    options = {"axis": axis, "block_size": 2 if axis == 0 else 16, "global_amax": 4.8125}
+    options = {"axis": axis, "block_size": 2 if axis == 0 else 4, "global_amax": 4.8125}
     expected = nvfp4sweep.quantize(weight, **options)
     found = nvfp4sweep_jax.quantize(jnp.asarray(weight), implementation=implementation, **options)
     same_quantized(found, expected)
@@ -205,8 +207,8 @@ def test_scaled_matmul_takes_unpacked_elements():
 
 def test_quantized_tensor_is_a_pytree():
     weight = gaussian()
-    expected = nvfp4sweep.quantize(weight, axis=0)
-    quantized = jax.jit(partial(nvfp4sweep_jax.quantize, axis=0))(weight)
+    expected = nvfp4sweep.quantize(weight, axis=0, **SMALL)
+    quantized = jax.jit(partial(nvfp4sweep_jax.quantize, axis=0, **SMALL))(weight)
     assert isinstance(quantized, nvfp4sweep_jax.QuantizedTensor)
     same_quantized(quantized, expected)
     same_quantized(jax.jit(lambda t: t)(quantized), expected)
@@ -226,13 +228,13 @@ def test_odd_blocks_cannot_be_packed():
 @pytest.mark.parametrize("implementation", [None, "cpu", "xla", "oracle"])
 def test_results_live_with_the_weight(implementation):
     weight = jnp.asarray(gaussian())
-    expected = nvfp4sweep.sweep(np.asarray(weight))
-    result = nvfp4sweep_jax.sweep(weight, implementation=implementation)
+    expected = nvfp4sweep.sweep(np.asarray(weight), **SMALL)
+    result = nvfp4sweep_jax.sweep(weight, implementation=implementation, **SMALL)
     same_sweep(result, expected)
     for array in result:
         assert isinstance(array, jax.Array)
         assert array.devices() == weight.devices()
-    quantized = nvfp4sweep_jax.quantize(weight, implementation=implementation)
+    quantized = nvfp4sweep_jax.quantize(weight, implementation=implementation, **SMALL)
     assert quantized.scale.dtype == jnp.float8_e4m3fn
     assert all(leaf.devices() == weight.devices() for leaf in jax.tree.leaves(quantized))
 
@@ -259,10 +261,10 @@ def test_the_environment_names_the_engine(monkeypatch):
     choose = _call._choose_engine
     monkeypatch.setattr(_call, "_choose_engine", lambda *args: engines.append(choose(*args)) or engines[-1])
     weight = jnp.asarray(gaussian())
-    nvfp4sweep_jax.calibrate(weight)
+    nvfp4sweep_jax.calibrate(weight, **SMALL)
     monkeypatch.setenv("NVFP4SWEEP_IMPLEMENTATION", "xla")
-    nvfp4sweep_jax.calibrate(weight)
-    nvfp4sweep_jax.calibrate(weight, implementation="oracle")
+    nvfp4sweep_jax.calibrate(weight, **SMALL)
+    nvfp4sweep_jax.calibrate(weight, implementation="oracle", **SMALL)
     assert engines == ["cpu", "xla", "oracle"]
     monkeypatch.setenv("NVFP4SWEEP_IMPLEMENTATION", "cpu")
     with pytest.raises(ValueError, match="NVFP4SWEEP_IMPLEMENTATION='cpu' cannot serve a traced array"):
@@ -303,9 +305,10 @@ def test_elements_that_are_not_finite(implementation, given, value):
     weight = gaussian((2, 4, 32))
     weight[1, 2, 7] = value
     weight[1, 3, 0] = value
+    calibrate = partial(nvfp4sweep_jax.calibrate, **SMALL)
     with pytest.raises(ValueError, match=rf"^weight\[1, 2, 7\] is {value}: every element must be finite"):
-        nvfp4sweep_jax.calibrate(jnp.asarray(weight), global_amax=given, implementation=implementation)
-    nvfp4sweep_jax.calibrate(jnp.asarray(weight), global_amax=3.0, implementation="xla", check_finite=False)
+        calibrate(jnp.asarray(weight), global_amax=given, implementation=implementation)
+    calibrate(jnp.asarray(weight), global_amax=3.0, implementation="xla", check_finite=False)
     with pytest.raises(ValueError, match=r"^weight\[1, 2, 7\]"):
         nvfp4sweep_jax.global_amax(jnp.asarray(weight))
 

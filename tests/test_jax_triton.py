@@ -71,7 +71,8 @@ def test_elements_that_are_not_finite():
         with pytest.raises(ValueError, match=r"^weight\[1, 2, 3\] is inf"):
             nvfp4sweep_jax.calibrate(jnp.asarray(weight), global_amax=given, implementation="triton")
     weight[1, 2, 3] = np.nan
-    assert np.isnan(SWEEP(jnp.asarray(weight), check_finite=False).global_amax)
+    # Of one code: the interpreter takes seconds for all.
+    assert np.isnan(SWEEP(jnp.asarray(weight), check_finite=False, min_code=126).global_amax)
 
 
 LOWERING = """
@@ -80,7 +81,8 @@ import jax, jax.numpy as jnp, nvfp4sweep_jax
 from nvfp4sweep_jax import _triton
 
 weight = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
-named = partial(nvfp4sweep_jax.calibrate, implementation="triton")
+calibrate = partial(nvfp4sweep_jax.calibrate, block_size=4)  # compiles in a fraction of the time
+named = partial(calibrate, implementation="triton")
 for call in (lambda: jax.jit(named).trace(weight), lambda: named(jnp.ones((2, 16)))):
     try:
         call()
@@ -90,12 +92,12 @@ for call in (lambda: jax.jit(named).trace(weight), lambda: named(jnp.ones((2, 16
         raise SystemExit("triton served without a CUDA device")
 
 _triton.capability = lambda: 90  # as if there were one
-for function, kernels in ((nvfp4sweep_jax.calibrate, 3), (partial(named, global_amax=1.0), 2)):
+for function, kernels in ((calibrate, 3), (partial(named, global_amax=1.0), 2)):
     traced = jax.jit(function).trace(weight)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("custom_call @triton_kernel_call_ffi") == kernels, text.count("custom_call @")
     assert "stablehlo.while" not in text  # nothing of the XLA engine
-traced = jax.jit(nvfp4sweep_jax.calibrate).trace(weight)
+traced = jax.jit(calibrate).trace(weight)
 for platform in ("cpu", "tpu"):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "triton" not in text and "stablehlo.while" in text
@@ -130,31 +132,30 @@ def same(found, expected):
     for a, b in zip(found, expected, strict=True):
         assert np.array_equal(a, b)
 
-sweep = partial(nvfp4sweep_jax.sweep, implementation="triton")
-quantize = partial(nvfp4sweep_jax.quantize, implementation="triton")
+small = {"block_size": 4}
+sweep = partial(nvfp4sweep_jax.sweep, implementation="triton", **small)
+quantize = partial(nvfp4sweep_jax.quantize, implementation="triton", **small)
 w = np.random.default_rng(0).standard_normal((32, 256)).astype(np.float32)
-layouts = {  # each is compiled, which takes seconds
-    AxisType.Auto: (P("a", "b"), P(None, ("a", "b"))),
-    AxisType.Explicit: (P(("b", "a"), None), P("b")),
-}
-for kind, specs in layouts.items():
+# Each layout is compiled, which takes seconds; test_jax_processes.py has more.
+for kind, spec in ((AxisType.Auto, P("a", "b")), (AxisType.Explicit, P(("b", "a"), None))):
     mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(kind,) * 2)
-    for spec in specs:
-        x = jax.device_put(w, NamedSharding(mesh, spec))
-        compiled = jax.jit(sweep).lower(x).compile()
-        found = compiled(x)
-        same(found, nvfp4sweep.sweep(w))
-        assert found.code.sharding.is_equivalent_to(x.sharding, 2)
-        assert not re.findall("all-gather|all-to-all|collective-permute", compiled.as_text())
-    assert np.array_equal(jax.jit(quantize)(x).packed, nvfp4sweep.quantize(w).packed)
+    x = jax.device_put(w, NamedSharding(mesh, spec))
+    compiled = jax.jit(sweep).lower(x).compile()
+    found = compiled(x)
+    same(found, nvfp4sweep.sweep(w, **small))
+    assert found.code.sharding.is_equivalent_to(x.sharding, 2)
+    assert not re.findall("all-gather|all-to-all|collective-permute", compiled.as_text())
+x = jax.device_put(w, NamedSharding(mesh, P("b")))
+assert np.array_equal(jax.jit(quantize)(x).packed, nvfp4sweep.quantize(w, **small).packed)
 
 mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-narrow = w[:, :64]  # shards would cut blocks: XLA moves them
-same(sweep(jax.device_put(narrow, NamedSharding(mesh, P(None, ("a", "b"))))), nvfp4sweep.sweep(narrow))
+narrow = w[:, :16]  # shards would cut blocks: XLA moves them
+found = sweep(jax.device_put(narrow, NamedSharding(mesh, P(None, ("a", "b")))))
+same(found, nvfp4sweep.sweep(narrow, **small))
 
 experts = w.reshape(8, 4, 256)
 x = jax.device_put(experts, NamedSharding(mesh, P("b", None, "a")))
-expected = nvfp4sweep.sweep(experts, batch_dims=1)
+expected = nvfp4sweep.sweep(experts, batch_dims=1, **small)
 same(jax.jit(partial(sweep, batch_dims=1))(x), expected)
 same(jax.jit(jax.vmap(sweep))(x), expected)
 
@@ -170,7 +171,7 @@ else:
 mesh = jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))
 local = lambda w: sweep(w, global_amax=np.float32(5.25))[:3]
 mapped = jax.shard_map(local, mesh=mesh, in_specs=P(None, "a"), out_specs=P(None, "a"))
-same(jax.jit(mapped)(w), nvfp4sweep.sweep(w, global_amax=5.25)[:3])
+same(jax.jit(mapped)(w), nvfp4sweep.sweep(w, global_amax=5.25, **small)[:3])
 """
 
 

@@ -1,10 +1,12 @@
-"""The XLA engine is exact: against the oracle and, for the settling of ties, rational arithmetic."""
+"""The XLA engine is exact: against the oracle and, for the settling of ties, rational arithmetic.
+
+It also runs all of tests/cases.py, as the engine "jit" of test_engines.py.
+"""
 
 from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from jax import lax
@@ -51,13 +53,6 @@ def test_xla_is_exact(kind, given):
     check_xla_quantize(structured(kind), global_amax=given)
 
 
-@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("given", [None, 5.25])
-def test_xla_is_exact_in_half_precision(dtype, given):
-    check_xla(gaussian().astype(dtype), global_amax=given)
-    check_xla((gaussian() * np.float32(1e-6)).astype(dtype))
-
-
 @pytest.mark.parametrize("factor", [1e36, 1e-30, 1e-36, 1e-38, 1e-44])
 def test_xla_is_exact_at_the_ends_of_float32(factor):
     check_xla(gaussian() * np.float32(factor))
@@ -67,27 +62,30 @@ def test_xla_is_exact_at_the_ends_of_float32(factor):
 @pytest.mark.parametrize("given", [0, 1e-45, 1e-42, 1e-35, 2.0**-100, 1e-3, 3e4, 3e38])
 def test_xla_is_exact_for_any_global_amax(given):
     for factor in (1, 1e-38):
-        check_xla(gaussian((4, 128)) * np.float32(factor), global_amax=given)
-        check_xla_quantize(gaussian((4, 128)) * np.float32(factor), global_amax=given)
+        check_xla(gaussian() * np.float32(factor), global_amax=given)
+        check_xla_quantize(gaussian() * np.float32(factor), global_amax=given)
 
 
 @pytest.mark.parametrize("factor", [0.1, 0.5, 0.7, 0.8, 0.86, 0.9, 0.95, 0.99, 1.01, 1.1])
 def test_xla_is_exact_where_scales_end(factor):
     """Blocks around and above the largest that E4M3 reaches, with one and with several large elements."""
     rng = np.random.default_rng(7)
-    weight = rng.uniform(-1, 1, (32, 256)).astype(np.float32)
-    weight[::2] *= np.where(rng.random((16, 256)) < 0.1, 1, 0.2).astype(np.float32)
-    check_xla(weight, global_amax=factor)
+    for _ in range(4):
+        weight = rng.uniform(-1, 1, SHAPE).astype(np.float32)
+        weight[::2] *= np.where(rng.random(weight[::2].shape) < 0.1, 1, 0.2).astype(np.float32)
+        check_xla(weight, global_amax=factor)
 
 
-@pytest.mark.parametrize("min_code", [8, 100, 119, 122])
+@pytest.mark.parametrize("min_code", [119, 122])
 def test_xla_is_exact_for_min_code(min_code):
-    check_xla(structured("levels"), min_code=min_code, global_amax=10.5)
-    check_xla(gaussian(), min_code=min_code)
+    """An octave of codes that is left, and less. The cases have 8, 100 and 126."""
+    for kind in ("levels", "gaussian"):
+        check_xla(structured(kind), min_code=min_code, global_amax=10.5)
 
 
-@pytest.mark.parametrize("block_size", [1, 8, 32, 64, 128])
+@pytest.mark.parametrize("block_size", [8, 128])
 def test_xla_is_exact_for_block_sizes(block_size):
+    """The cases have 1, 3, 32 and 96."""
     check_xla(structured("levels"), block_size=block_size, global_amax=10.5)
 
 
@@ -178,11 +176,11 @@ def test_error_is_summed_in_order_without_contraction():
 
 @pytest.mark.parametrize("factor", [1, 1 / 3, 1e-3])
 def test_ties_between_scales_take_the_lowest_code(factor):
-    weight = (structured("levels", seed=3) * np.float32(factor))[:4, :128]
+    weight = structured("levels", seed=3) * np.float32(factor)
     given = np.float32(10.5 * factor)
     code = np.asarray(nvfp4sweep_jax.sweep(jnp.asarray(weight), global_amax=given, implementation="xla").code)
     scales = [Fraction(float(s)) for s in formats.scale_by_code(given)]
-    for block, found in zip(weight.reshape(-1, 16), code.ravel(), strict=True):
+    for block, found in zip(weight[0].reshape(-1, 16), code[0], strict=True):
         ws = [abs(Fraction(float(w))) for w in block]
         errors = {k: sum((w - nearest(w, scales[k]) * scales[k]) ** 2 for w in ws) for k in formats.CODES}
         assert found == min(formats.CODES, key=lambda k: (errors[k], k))

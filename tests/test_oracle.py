@@ -21,25 +21,32 @@ from nvfp4sweep.window import (
     window,
 )
 
-GRID = [Fraction(x) for x in (0, 0.5, 1, 1.5, 2, 3, 4, 6)]
+# Integers are exact too, and faster than fractions: weights and scales are multiples of 2^-149, and residuals
+# of half of that.
+TWICE_GRID = (0, 1, 2, 3, 4, 6, 8, 12)
 
 
-def rational_scales(global_amax: np.float32) -> dict[int, Fraction]:
-    """The definition of the scales, letter by letter."""
+def in_units(value: Any) -> int:
+    """A float32 in units of 2^-149."""
+    return int(Fraction(float(value)) * 2**149)
+
+
+def exact_scales(global_amax: np.float32) -> dict[int, int]:
+    """The definition of the scales, letter by letter, in units of 2^-149."""
     scales = {}
     for code in range(1, 127):
         candidate = np.float32(formats.E4M3_VALUES[code]) / np.float32(448)
-        scales[code] = Fraction(float(np.float32(candidate * global_amax) / np.float32(6)))
+        scales[code] = in_units(np.float32(candidate * global_amax) / np.float32(6))
     return scales
 
 
-def rational_residual(w: Any, scale: Fraction) -> Fraction:
-    """w less its nearest point; in a tie the even code's."""
-    magnitude = abs(Fraction(float(w)))
-    distance = [abs(magnitude - q * scale) for q in GRID]
+def exact_residual(w: int, scale: int) -> int:
+    """w less its nearest point, in units of 2^-150; in a tie the even code's."""
+    magnitude = 2 * abs(w)
+    distance = [abs(magnitude - q * scale) for q in TWICE_GRID]
     least = min(distance)
     code = min((code for code in range(8) if distance[code] == least), key=lambda code: code % 2)
-    return (magnitude - GRID[code] * scale) * (-1 if w < 0 else 1)
+    return (magnitude - TWICE_GRID[code] * scale) * (-1 if w < 0 else 1)
 
 
 def rational_errors(
@@ -49,11 +56,11 @@ def rational_errors(
     if hessian is None:
         weights = np.ones(len(block)) if importance is None or not np.any(importance) else importance
         hessian = np.diag(weights)
-    # In units of 2^-149 and 2^-150 all are integers, which are faster than fractions.
-    h = [[int(Fraction(float(x)) * 2**149) for x in row] for row in hessian]
+    h = [[in_units(x) for x in row] for row in hessian]
+    ws = [in_units(w) for w in block]
     errors = {}
-    for code, scale in rational_scales(global_amax).items():
-        r = [int(rational_residual(w, scale) * 2**150) for w in block]
+    for code, scale in exact_scales(global_amax).items():
+        r = [exact_residual(w, scale) for w in ws]
         rows = [sum(x * b for x, b in zip(row, r, strict=True) if x) for row in h]
         errors[code] = Fraction(sum(a * row for a, row in zip(r, rows, strict=True)), 2**449)
     return errors

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,10 +13,13 @@ pytest.importorskip("torch")
 PROGRAM = """
 import ctypes, math, mmap, os, sys
 os.environ["TRITON_INTERPRET"] = "1"
+sys.path.append(sys.argv[2])
 import torch
+import triton_interpreter
 from nvfp4sweep import triton_launch
 from nvfp4sweep.problem import make_problem
 
+triton_interpreter.hasten()
 PAGE = mmap.PAGESIZE
 libc = ctypes.CDLL(None, use_errno=True)
 maps = []
@@ -56,20 +60,21 @@ def run(shape, at_end, scale, objective=None, **options):
 
 if sys.argv[1] == "stray":  # the guard works
     ctypes.c_float.from_address(guarded((PAGE // 4,), torch.float32, True).data_ptr() + PAGE).value
-for at_end, scale in ((False, 1.0), (True, 1.0), (True, 0.0)):
-    run((3, 80), at_end, scale)
-    run((130, 48), at_end, scale)  # more than tabulate searches itself
-    run((2, 1, 48), at_end, scale, batch_dims=1)
-    run((48, 5), at_end, scale, axis=0)
-    run((2, 64), at_end, scale, block_size=32)
-    run((5, 6), at_end, scale, block_size=6)
+run((3, 80), True, 0.0)
+run((5, 6), True, 0.0, block_size=6)
 for at_end in (False, True):
+    run((3, 80), at_end, 1.0)
+    run((86, 48), at_end, 1.0)  # more than tabulate searches itself
+    run((2, 1, 48), at_end, 1.0, batch_dims=1)
+    run((48, 5), at_end, 1.0, axis=0)
+    run((2, 64), at_end, 1.0, block_size=32)
+    run((5, 6), at_end, 1.0, block_size=6)
     run((3, 80), at_end, 1.0, "importance")
     run((1, 512), at_end, 1.0, "importance")  # a whole tile
     run((16, 5), at_end, 1.0, "importance", axis=0)
     run((2, 1, 48), at_end, 1.0, "importance", batch_dims=1)
     run((5, 6), at_end, 1.0, "importance", block_size=6)
-    run((3, 80), at_end, 1.0, "hessian")
+    run((3, 32), at_end, 1.0, "hessian")
     run((16, 5), at_end, 1.0, "hessian", axis=0)
 print("within bounds", flush=True)
 os._exit(0)  # the mappings may not be closed while tensors point into them
@@ -79,5 +84,6 @@ os._exit(0)  # the mappings may not be closed while tensors point into them
 @pytest.mark.skipif(sys.platform != "linux", reason="guards pages by mprotect")
 @pytest.mark.parametrize(("argument", "output"), [("run", "within bounds\n"), ("stray", "")])
 def test_no_access_out_of_bounds(argument: str, output: str) -> None:
-    result = subprocess.run([sys.executable, "-c", PROGRAM, argument], capture_output=True, text=True)
+    command = [sys.executable, "-c", PROGRAM, argument, str(Path(__file__).parent)]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.stdout == output, result.stderr[-3000:]
