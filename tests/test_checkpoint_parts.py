@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def test_shares_are_a_partition() -> None:
 
     sizes = [7, 1, 9, 4, 4, 0, 12, 3]
     parts = [share(range(len(sizes)), sizes.__getitem__, Fake(rank)) for rank in range(3)]
-    assert sorted(sum(parts, [])) == list(range(len(sizes)))
+    assert sorted(i for part in parts for i in part) == list(range(len(sizes)))
     assert [sum(sizes[i] for i in part) for part in parts] == [13, 13, 14]
 
 
@@ -177,10 +176,10 @@ def test_imatrix_refusals(imatrix: Path, tmp_path: Path) -> None:
     assert importances.of(info("model.layers.0.self_attn.bogus.weight", (8, 32))) is None
     with pytest.raises(CheckpointError, match=r"q_proj.weight .* shape \(32,\), and must have \(64,\)"):
         importances.of(info("model.layers.0.self_attn.q_proj.weight", (8, 64)))
-    with pytest.raises(CheckpointError, match="how llama.cpp names the tensors of 'nothing' is not known"):
+    with pytest.raises(CheckpointError, match=r"how llama\.cpp names the tensors of 'nothing' is not known"):
         Importances(imatrix, "nothing")
     (tmp_path / "text.gguf").write_text("GGUF?")
-    with pytest.raises(CheckpointError, match="text.gguf is not a readable GGUF file"):
+    with pytest.raises(CheckpointError, match=r"text\.gguf is not a readable GGUF file"):
         Importances(tmp_path / "text.gguf", "llama")
     other = write_imatrix(tmp_path / "other.gguf", {}, {})
     with pytest.raises(CheckpointError, match=r"other.gguf is not an imatrix"):
@@ -192,10 +191,10 @@ def test_imatrix_refusals(imatrix: Path, tmp_path: Path) -> None:
 
 def test_cut_by_tensor_parallelism() -> None:
     tensors = [info(f"model.layers.{i}.mlp.down_proj.weight", (64, 1856)) for i in range(3)]
-    tensors += [info("model.layers.0.mlp.up_proj.weight", (1856, 48)), info("a.o_proj.weight", (64, 4096))]
+    tensors += [info("layers.0.mlp.up_proj.weight", (1856, 48)), info("a.o_proj.weight", (64, 4096))]
     assert cut_by_tensor_parallelism(tensors) == [
-        "model.layers.0.mlp.down_proj.weight and 2 like it: K = 1,856, and 8 ranks of tensor parallelism take "
-        "232 each, which cuts blocks of 16"
+        "model.layers.0.mlp.down_proj.weight and 2 like it: K = 1,856, and 8 ranks of tensor parallelism "
+        "take 232 each, which cuts blocks of 16"
     ]
 
 
@@ -299,14 +298,15 @@ def test_page(tmp_path: Path) -> None:
     assert "$" not in re.sub(r"<script>.*</script>", "", page, flags=re.DOTALL)
     head, *rows = table.rows
     assert [len(row) for row in rows] == [len(head)] * 3
-    assert [row[0] for row in rows] == ["model.layers.2.mlp.down_proj", "model.layers.10.mlp.down_proj", "total"]
+    names = [f"model.layers.{i}.mlp.down_proj" for i in (2, 10)]
+    assert [row[0] for row in rows] == [*names, "total"]
 
 
 @pytest.fixture
-def chromium(tmp_path: Path) -> Iterator[list[str]]:
+def chromium(tmp_path: Path) -> list[str]:
     if CHROMIUM is None:
         pytest.skip("Chromium is not installed")
-    yield [
+    return [
         CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync",
         f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",

@@ -17,10 +17,8 @@ from nvfp4sweep.triton_launch import plan
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
 OUTPUTS = ("amax", "code", "error", "packed", "global_amax", "global_scale")
-capability, *variants = sys.argv[1].split("-")
-capability = int(capability)
-# One architecture for every variant, the others for what they may lack.
-more_plain, more_weighted = "plain" in variants, "weighted" in variants
+build_of = sys.argv[1]
+capability = int(build_of.partition("-")[0])
 
 def contiguous(shape):
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
@@ -51,45 +49,55 @@ def within_a_thread(ptx):
 ROWS = (64, 4096)
 SHARED = (0, 0, 1, 0)  # the strides of one importance an input
 FEW = ("code", "global_scale")
-if not more_weighted:
-    for dtype in ("bf16", "fp32") if more_plain else ("bf16",):
-        built = build(ROWS, dtype)
-        assert list(built) == ["largest", "tabulate", "sweep"], list(built)
-        ptx = built["sweep"]
-        within_a_thread(ptx)
-        assert ".local" not in ptx  # nothing spills
-        pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
-        # Three an element and candidate, of which the 9 and the one below them are built twice; the first
-        # of each of a candidate's two sums may be a product.
-        assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
+
+def plain(dtype):
+    built = build(ROWS, dtype)
+    assert list(built) == ["largest", "tabulate", "sweep"], list(built)
+    ptx = built["sweep"]
+    within_a_thread(ptx)
+    assert ".local" not in ptx  # nothing spills
+    pairs = ptx.count("fma.rn.f32x2")  # from compute capability 10.0 on
+    # Three an element and candidate, of which the 9 and the one below them are built twice; the first
+    # of each of a candidate's two sums may be a product.
+    assert abs(ptx.count("fma.rn.f32 ") + 2 * pairs - 3 * 16 * 10 * 2) <= 2 * 2 * 10 * 2
     assert ".ftz.f64" not in built["tabulate"]
-    assert set(build((3, 96), outputs=OUTPUTS, checked=True, axis=0, block_size=3)) == {"tabulate", "sweep"}
-if more_plain:
+
+def importances(dtype):
+    # Those that rows share, so that a program loads them once.
+    ptx = build(ROWS, dtype, importance=SHARED, given=True)["sweep_importance"]
+    within_a_thread(ptx)
+    assert "fma.rn.f64" in ptx or "mul.rn.f64" in ptx  # what float32 cannot separate
+
+def hessians(shape, **options):
+    built = build(shape, **options)
+    assert list(built) == ["largest", "prepare", "tabulate", "sweep_hessian"], list(built)
+    assert "ld.global.v" in built["sweep_hessian"]
+    assert ".ftz.f64" not in "".join(built.values())
+
+# A sweep takes up to 20 seconds: not each dtype and option for each architecture.
+if build_of == "80":
+    plain("fp32")
+    importances("fp32")
+    hessians((128, 64), hessians=1)
+elif build_of == "90-plain":
+    plain("bf16")
+    few = build((3, 96), outputs=OUTPUTS, checked=True, axis=0, block_size=3)
+    assert set(few) == {"tabulate", "sweep"}
     build((4, 64, 96), outputs=OUTPUTS, batch_dims=1, axis=1, given=True)  # stacked
     build((4, 64), "fp32", FEW, block_size=32)
     build((5, 12), "fp16", OUTPUTS, block_size=6, strides=(0, 2 * 12 + 3, 2, 0))  # odd strides
     assert list(build(ROWS, outputs=("global_amax",), strides=(0, 5000, 1, 0))) == ["largest", "tabulate"]
-
-if not more_plain:
-    # Importances that rows share, so that a program loads them once, and those of each element.
-    for dtype in ("bf16", "fp32") if more_weighted else ("bf16",):
-        ptx = build(ROWS, dtype, importance=SHARED, given=True)["sweep_importance"]
-        within_a_thread(ptx)
-        assert "fma.rn.f64" in ptx or "mul.rn.f64" in ptx  # what float32 cannot separate
-
-    if more_weighted:
-        stacked = dict(shape=(4, 64, 96), dtype="fp32", batch_dims=1, axis=1, hessians=4)
-        built = build(**stacked, checked=True, outputs=("code", "error", "global_scale"))
-    else:
-        built = build((128, 64), hessians=1)
-    assert list(built) == ["largest", "prepare", "tabulate", "sweep_hessian"], list(built)
-    assert "ld.global.v" in built["sweep_hessian"]
-    assert ".ftz.f64" not in "".join(built.values())
-if more_weighted:
+elif build_of == "90-weighted":
+    importances("bf16")
     build((4096, 64), axis=0, importance=SHARED, outputs=FEW, checked=True)
     build((64, 96), importance=contiguous((1, 64, 96, 1)), outputs=OUTPUTS)
     build((5, 12), outputs=FEW, block_size=6, importance=SHARED)
     build((4, 64), outputs=FEW, block_size=32, importance=SHARED)
+    stacked = dict(batch_dims=1, axis=1, hessians=4, checked=True)
+    hessians((4, 64, 96), dtype="fp32", outputs=("code", "error", "global_scale"), **stacked)
+else:
+    plain("bf16")
+    importances("bf16")
 print("compiled")
 """
 

@@ -17,8 +17,8 @@ from safetensors import deserialize
 from nvfp4sweep import cli
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
 from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
-from nvfp4sweep.checkpoint.settings import Settings
 from nvfp4sweep.checkpoint.reader import CheckpointError
+from nvfp4sweep.checkpoint.settings import Settings
 from nvfp4sweep.checkpoint.verifier import Verifier
 from nvfp4sweep.checkpoint.writer import Entry, open_shard
 
