@@ -21,7 +21,7 @@ from nvfp4sweep.triton_blocks import (
     store_packed,
 )
 from nvfp4sweep.triton_search import code_window, exact_best, find_survivors, lowest_bit, normal_code_at_least
-from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, SECOND_COPY, TABLE
+from nvfp4sweep.triton_tables import MAX_CODE, SCREEN_UPPER, SECOND_COPY, TABLE, matrix_at
 
 CLIPPING_RATIO = tl.constexpr(proofs.CLIPPING_RATIO)
 
@@ -109,7 +109,7 @@ def _sweep_tile(weight, tables, amax, code, error, packed, tile, matrix, outer_s
                                "inner_stride", "length_blocks", "inner", "n_blocks", "matrices",
                                "tiles_per_row", "block_size", "min_code", "last_unhalved",
                                "least_base"])  # fmt: skip
-def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, outer_stride: tl.int64,
+def sweep(weight, starts, tables, amax, code, error, packed, matrix_stride: tl.int64, outer_stride: tl.int64,
           row_stride, block_stride, step, inner_stride: tl.int64,
           length_blocks: tl.int64, inner: tl.int64, n_blocks: tl.int64, matrices: tl.int32,
           tiles_per_row: tl.int32, block_size: tl.int32, min_code: tl.int32, last_unhalved: tl.int32,
@@ -126,8 +126,9 @@ def sweep(weight, tables, amax, code, error, packed, matrix_stride: tl.int64, ou
     """
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
         matrix = tl.full([], 0, tl.int64) + i
-        _sweep_tile(weight + matrix * (matrix_stride * VECTOR), tables + matrix * TABLE, amax, code, error,
-                    packed, tl.program_id(0), matrix, outer_stride, row_stride, block_stride, step,
-                    inner_stride, length_blocks, inner, n_blocks, tiles_per_row, block_size, min_code,
-                    last_unhalved, least_base, lowest_ratio, relative_margin, absolute_margin,
+        _sweep_tile(matrix_at(weight, starts, matrix, matrix_stride * VECTOR), tables + matrix * TABLE,
+                    amax, code, error, packed, tl.program_id(0), matrix, outer_stride, row_stride,
+                    block_stride, step, inner_stride, length_blocks, inner, n_blocks, tiles_per_row,
+                    block_size, min_code, last_unhalved, least_base, lowest_ratio, relative_margin,
+                    absolute_margin,
                     ROWS, VECTOR, INNER, BLOCK_SIZE, CANDIDATES, BELOW, T, OVERLAP)  # fmt: skip

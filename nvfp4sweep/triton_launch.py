@@ -41,6 +41,7 @@ def run(
     empty: Callable[[tuple[int, ...], str], Any],
     given_amax: Any = None,
     *,
+    starts: Any = None,
     importance: Any = None,
     hessian: Any = None,
     checked: Any = None,
@@ -52,6 +53,8 @@ def run(
         view: the weight, of shape Problem.view_shape [matrices, outer, length, inner] and any strides.
         empty: gives a new buffer, as empty(shape, "float32" or "uint8").
         given_amax: the global amaxes to use, float32 [matrices]; None takes the weight's own.
+        starts: where matrices lie that are not equally far apart: int64 [matrices], in units of 16 bytes from
+            the first element of `view`. Without importance and hessian only.
         importance: float32 of the weight's shape, with strides of 0 where it repeats.
         hessian: float32 [blocks, 16, 16] or [matrices, blocks, 16, 16], contiguous.
         checked: gets of each matrix the largest |w|, infinite or NaN if an element is, the global amax, and
@@ -61,12 +64,12 @@ def run(
     """
     launches = plan(
         problem, outputs, view.stride(), view.element_size(), _capability(),
-        given=given_amax is not None, checked=checked is not None,
+        given=given_amax is not None, checked=checked is not None, scattered=starts is not None,
         importance_strides=None if importance is None else importance.stride(),
         hessian_matrices=0 if hessian is None else hessian.numel() // math.prod(problem.hessian_shape[-3:]),
     )  # fmt: skip
     buffers = {"weight": view, "given_amax": given_amax, "importance": importance, "hessian": hessian}
-    buffers["checked"] = checked
+    buffers |= {"checked": checked, "starts": starts}
     for launch in launches:
         # The device is at work from the first launch on: what the host does later costs less.
         for name, shape, dtype in launch.allocates:
@@ -90,6 +93,7 @@ def plan(
     *,
     given: bool,
     checked: bool,
+    scattered: bool = False,
     importance_strides: Strides | None = None,
     hessian_matrices: int = 0,
 ) -> tuple[Launch, ...]:
@@ -99,6 +103,7 @@ def plan(
         strides: of the weight as Problem.view_shape, in elements of element_size bytes.
         capability: of the device, as 90 for 9.0; 0 under the interpreter.
         given, checked: whether there are these buffers.
+        scattered: whether there is a buffer of starts.
         importance_strides: of the importance in the weight's shape, if there is one.
         hessian_matrices: how many matrices there are Hessians for: 1 if they share them.
     """
@@ -110,7 +115,7 @@ def plan(
     launches = []
     partials, n_partials = "given_amax", 0  # read by nobody
     if search:
-        find_largest, n_partials = _find_largest(problem, strides, overlap)
+        find_largest, n_partials = _find_largest(problem, strides, overlap, scattered)
         partials = "partials" if find_largest else "weight"
         launches += [find_largest] if find_largest else []
     sweep = None
@@ -125,7 +130,9 @@ def plan(
                 problem, outputs, strides, hessian_matrices, element_size, capability
             )
         else:
-            sweep = triton_sweeps.sweep_squared(problem, outputs, strides, element_size, capability)
+            sweep = triton_sweeps.sweep_squared(
+                problem, outputs, strides, element_size, capability, scattered=scattered
+            )
     bounds = window(problem.block_size)
     wanted = [name for name in PER_MATRIX if name in outputs]
     n_hessians = problem.hessian_shape[-3]
@@ -162,7 +169,9 @@ def plan(
     return (*launches, sweep) if sweep else tuple(launches)
 
 
-def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[Launch | None, int]:
+def _find_largest(
+    problem: Problem, strides: Strides, overlap: bool, scattered: bool
+) -> tuple[Launch | None, int]:
     """The launch that finds each matrix's partial maxima, and their number.
 
     A small matrix without gaps needs none: its elements are as good as partial maxima.
@@ -170,12 +179,14 @@ def _find_largest(problem: Problem, strides: Strides, overlap: bool) -> tuple[La
     matrices, _, length, inner = problem.view_shape
     n_elements = math.prod(problem.matrix_shape)
     dense = _is_dense(problem.view_shape, strides)
-    if dense and n_elements <= _MOST_DIRECT and (matrices == 1 or strides[0] == n_elements):
+    adjoin = matrices == 1 or (strides[0] == n_elements and not scattered)
+    if dense and n_elements <= _MOST_DIRECT and adjoin:
         return None, n_elements
     tiles = -(-n_elements // _LARGEST_TILE)
     n_partials = max(1, min(tiles, _MOST_PARTIALS // matrices))
     launch = Launch(
-        triton_tables.largest, (n_partials, min(matrices, MOST_ROWS)), ("weight",), ("partials",),
+        triton_tables.largest, (n_partials, min(matrices, MOST_ROWS)),
+        ("weight", "starts" if scattered else None), ("partials",),
         (("partials", (matrices * n_partials,), "float32"),),
         (*strides, length, inner, n_elements, matrices, n_partials, -(-tiles // n_partials)),
         (dense, _LARGEST_TILE, overlap), _LARGEST_WARPS,

@@ -70,7 +70,13 @@ def output_buffers(problem: Problem, outputs: Sequence[str]) -> tuple[Buffer, ..
 
 
 def sweep_squared(
-    problem: Problem, outputs: tuple[str, ...], strides: Strides, element_size: int, capability: int
+    problem: Problem,
+    outputs: tuple[str, ...],
+    strides: Strides,
+    element_size: int,
+    capability: int,
+    *,
+    scattered: bool,
 ) -> Launch | None:
     block_size = problem.block_size
     tuning = _TUNING.get((capability, element_size, block_size), _DEFAULT_TUNING)
@@ -114,7 +120,7 @@ def sweep_squared(
     return Launch(
         triton_kernels.sweep,
         (tiles, min(matrices, MOST_ROWS)),
-        ("weight", "tables"),
+        ("weight", "starts" if scattered else None, "tables"),
         tuple(name if name in outputs else None for name in BLOCKWISE),
         output_buffers(problem, [name for name in outputs if name in BLOCKWISE]),
         (

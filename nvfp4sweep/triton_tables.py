@@ -65,12 +65,22 @@ def _thresholds(scale):
     return result
 
 
+@triton.jit
+def matrix_at(weight, starts, matrix, matrix_stride):
+    """The first element of a matrix: the matrices are matrix_stride apart, or starts[matrix] * 16 bytes from
+    `weight`."""
+    if starts is None:
+        return weight + matrix * matrix_stride
+    else:
+        return weight + tl.load(starts + matrix) * (128 // weight.dtype.element_ty.primitive_bitwidth)
+
+
 @triton.jit(do_not_specialize=["matrix_stride", "outer_stride", "length_stride", "inner_stride",
                                "length", "inner", "n_elements", "matrices", "n_partials",
                                "tiles_per_program"])  # fmt: skip
-def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, length_stride: tl.int64,
-            inner_stride: tl.int64, length: tl.int64, inner: tl.int64, n_elements: tl.int64,
-            matrices: tl.int32, n_partials: tl.int32, tiles_per_program: tl.int32,
+def largest(weight, starts, partials, matrix_stride: tl.int64, outer_stride: tl.int64,
+            length_stride: tl.int64, inner_stride: tl.int64, length: tl.int64, inner: tl.int64,
+            n_elements: tl.int64, matrices: tl.int32, n_partials: tl.int32, tiles_per_program: tl.int32,
             DENSE: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr):  # fmt: skip
     """DENSE: a matrix is n_elements in a row. SIZE elements a tile. OVERLAP: with the launch of tabulate."""
     if OVERLAP:
@@ -79,6 +89,7 @@ def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, l
     first = part.to(tl.int64) * tiles_per_program * SIZE
     for i in range(tl.program_id(1), matrices, tl.num_programs(1)):
         matrix = tl.full([], 0, tl.int64) + i
+        elements = matrix_at(weight, starts, matrix, matrix_stride)
         result = tl.zeros([SIZE], tl.int32)
         for tile in range(tiles_per_program):
             element = first + tile * SIZE + tl.arange(0, SIZE)
@@ -90,8 +101,7 @@ def largest(weight, partials, matrix_stride: tl.int64, outer_stride: tl.int64, l
                     + (row % length) * length_stride
                     + (element % inner) * inner_stride
                 )
-            pointer = weight + matrix * matrix_stride + offset
-            w = tl.load(pointer, mask=element < n_elements, other=0.0).to(tl.float32)
+            w = tl.load(elements + offset, mask=element < n_elements, other=0.0).to(tl.float32)
             result = tl.maximum(result, tl.abs(w).to(tl.int32, bitcast=True))
         bits = tl.max(result, axis=0)
         tl.store(partials + matrix * n_partials + part, bits.to(tl.float32, bitcast=True))

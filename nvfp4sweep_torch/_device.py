@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from nvfp4sweep_torch._tensors import to_numpy, to_numpy_if_tensor
 
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
 _NO_CONTEXT = contextlib.nullcontext()
+_UNIT = 16  # bytes, of triton_launch's starts
 
 
 def run(
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     asked: Problem,
     outputs: tuple[str, ...],
     global_amax: Any = None,
@@ -33,6 +35,8 @@ def run(
     """The outputs of these names. Waits for the device only to check, and then not for the sweep itself.
 
     Args:
+        weight: or several of one shape, dtype and strides, instead of the tensor that they would make with a
+            new first axis: `fit_together` of this problem's says which.
         checked: of room_for_checks: gets what there is to check, for a caller that does not wait for it yet.
 
     Raises:
@@ -40,7 +44,12 @@ def run(
             importance or a hessian that does not fit or is not what it must be.
     """
     launch = _triton_launch()
-    view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
+    starts = None
+    if isinstance(weight, Tensor):
+        view = weight.reshape(asked.view_shape)  # copies only if no view can merge the axes
+    else:
+        starts, weight = _starts(weight), weight[0].expand(asked.shape)
+        view = weight.view(asked.view_shape)
     device = weight.device
     with _on_device(weight):
         given = None if global_amax is None else _device_amax(global_amax, weight, asked)
@@ -53,6 +62,7 @@ def run(
             outputs,
             lambda shape, dtype: torch.empty(shape, dtype=_DTYPES[dtype], device=device),
             given,
+            starts=starts,
             importance=None if weights is None else weights.expand(asked.shape).reshape(asked.view_shape),
             hessian=blocks,
             checked=watch.values if watch else checked,
@@ -61,6 +71,28 @@ def run(
         if watch:
             watch.check()
     return list(found.values())
+
+
+def fit_together(parts: Sequence[Tensor], one: Problem) -> bool:
+    """Whether `run` takes these for one weight, as they lie. They have one shape, dtype and strides."""
+    if len({part.data_ptr() % _UNIT for part in parts}) > 1 or is_capturing(parts[0]):
+        return False
+    try:
+        parts[0].view(one.view_shape)
+    except RuntimeError:  # no view can merge the axes
+        return False
+    return True
+
+
+def _starts(parts: Sequence[Tensor]) -> Tensor:
+    """Where each lies, as triton_launch takes it."""
+    addresses = np.array([part.data_ptr() for part in parts])
+    return torch.from_numpy((addresses - addresses[0]) // _UNIT).to(parts[0].device, non_blocking=True)
+
+
+def is_capturing(weight: Tensor) -> bool:
+    """A CUDA graph, which would keep the addresses of what is copied from the host."""
+    return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def room_for_checks(matrices: int, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Many weights in few launches: on CUDA those of one kind are stacked, a chunk at a time."""
+"""Many weights in few launches: on CUDA those of one kind are swept together, a chunk at a time."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ from nvfp4sweep_torch._layout import is_dtensor
 from nvfp4sweep_torch._ops import Arrays, Call, Options
 from nvfp4sweep_torch._tensors import as_weight
 
-# Of a chunk: enough to do for its launches not to matter, and little memory beside the weights.
-_MOST_BYTES = 2**28
+# Of a chunk: enough to do for its launches not to matter, and few enough for the device to begin early.
+_MOST_BYTES = 2**29
 _MOST_WEIGHTS = 512
 
 
@@ -35,10 +35,11 @@ def calibrate_many(
 ) -> list[Tensor]:
     """[calibrate(weight) for weight in weights], in few launches for those on CUDA devices.
 
-    There weights of one shape and dtype are swept together: as many as take 256 MiB, at most 512. They are
-    copied into one tensor first, unless they lie at equal distances in one, as torch.unbind gives them.
-    Beyond the results a call holds one such copy, two of float64 weights, and a few MiB; larger weights are
-    swept alone, where they lie. Results are views: those of weights swept together share their memory.
+    There weights of one shape, dtype and layout are swept together: as many as take 512 MiB, at most 512; a
+    larger one is swept alone. They are read where they lie. Copied are only float64 weights, those whose axes
+    before or after `axis` no view can merge, those that lie differently within 16 bytes, and all during the
+    capture of a CUDA graph: one chunk of them at a time, two of float64. Beyond that and the results a call
+    holds a few MiB. Results are views: those of weights swept together share their memory.
 
     Args:
         weights: tensors as calibrate takes them, of any shapes, dtypes and devices.
@@ -167,7 +168,8 @@ def _kind(weight: Any, amax: Any) -> Any:
     if not isinstance(weight, Tensor):
         return type(weight)
     given = (amax.dtype, amax.device, amax.shape) if isinstance(amax, Tensor) else None
-    return type(weight), weight.layout, weight.dtype, weight.device, weight.shape, type(amax), given
+    strides = weight.stride() if weight.layout is torch.strided else None
+    return type(weight), strides, weight.dtype, weight.device, weight.shape, type(amax), given
 
 
 def _group(weight: Any, amax: Any, options: Options, outputs: tuple[str, ...]) -> _Group:
@@ -191,33 +193,23 @@ def _sweep(
     checked: Tensor | None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """The outputs of each part. Does not wait for the device."""
-    stacked = _stack(parts)
+    if len(parts) == 1:
+        weight: Tensor | list[Tensor] = parts[0][None]
+    else:
+        # The copy's memory is free for the next chunk's once this one is launched: both are of one stream.
+        weight = parts if _device.fit_together(parts, problem) else torch.stack(parts)
+    device = parts[0].device
     amax = None
     if isinstance(amaxes[0], Tensor):
         amax = torch.stack(amaxes)
     elif amaxes[0] is not None:
         # A CUDA graph would keep the address of these numbers: a copy that waits is refused there.
-        waits = stacked.is_cuda and torch.cuda.is_current_stream_capturing()
-        amax = torch.from_numpy(np.array(amaxes, np.float32)).to(stacked.device, non_blocking=not waits)
-    batch = dataclasses.replace(problem, shape=tuple(stacked.shape), axis=problem.axis + 1, batch_dims=1)
-    found = _device.run(stacked, batch, outputs, amax, check_finite=False, checked=checked)
+        waits = _device.is_capturing(parts[0])
+        amax = torch.from_numpy(np.array(amaxes, np.float32)).to(device, non_blocking=not waits)
+    shape = (len(parts), *problem.shape)
+    batch = dataclasses.replace(problem, shape=shape, axis=problem.axis + 1, batch_dims=1)
+    found = _device.run(weight, batch, outputs, amax, check_finite=False, checked=checked)
     return zip(*(output.unbind() for output in found), strict=True)
-
-
-def _stack(parts: list[Tensor]) -> Tensor:
-    """[n, *shape]: a view where the parts lie at equal distances in one storage, else a copy.
-
-    The copy's memory is free for the next chunk's when this one is launched: both are of the same stream.
-    """
-    first = parts[0]
-    if len(parts) == 1:
-        return first[None]
-    offsets = [part.storage_offset() for part in parts]
-    distance = offsets[1] - offsets[0]
-    storages = {(part.untyped_storage().data_ptr(), part.stride()) for part in parts}
-    if len(storages) == 1 and distance > 0 and offsets == list(range(offsets[0], offsets[-1] + 1, distance)):
-        return first.as_strided((len(parts), *first.shape), (distance, *first.stride()))
-    return torch.stack(parts)
 
 
 @contextlib.contextmanager

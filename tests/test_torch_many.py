@@ -39,6 +39,8 @@ def from_the_oracle(weight, asked, outputs, amax, check_finite, checked):  # typ
     options = {"axis": asked.axis, "block_size": asked.block_size, "batch_dims": asked.batch_dims}
     options |= {"min_code": asked.min_code, "implementation": "oracle", "check_finite": check_finite}
     options["global_amax"] = amax
+    if isinstance(weight, list):
+        weight = torch.stack(weight)
     if checked is not None:
         largest = weight.flatten(1).float().abs()
         checked[:, 0] = largest.amax(1) if largest.shape[1] else 0
@@ -56,7 +58,7 @@ def from_the_oracle(weight, asked, outputs, amax, check_finite, checked):  # typ
 
 @pytest.fixture
 def swept(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
-    """The tensors that are swept without a wait, and "look" where the host looks at what they left.
+    """The chunks that are swept without a wait, and "look" where the host looks at what they left.
 
     Without CUDA the oracle stands in for the kernels: a weight takes them seconds in Triton's interpreter.
     """
@@ -79,6 +81,16 @@ def swept(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
 def calibrate_many(weights, **options):  # type: ignore[no-untyped-def]
     """By the path for CUDA."""
     return nt.calibrate_many(weights, implementation="triton", **options)
+
+
+def apart_by_8_bytes(weights):  # type: ignore[no-untyped-def]
+    """The same, every second one 8 bytes beyond a multiple of 16: these are copied."""
+    result = []
+    for i, weight in enumerate(weights):
+        begin = 8 * (i % 2) // weight.itemsize
+        room = torch.empty(weight.numel() + begin, dtype=weight.dtype, device=weight.device)
+        result.append(room[begin:].view_as(weight).copy_(weight))
+    return result
 
 
 def on_device(test):  # type: ignore[no-untyped-def]
@@ -123,9 +135,9 @@ def test_on_the_cpu(implementation: str, options) -> None:  # type: ignore[no-un
 
 @on_device
 def test_the_kernels_themselves() -> None:
-    """Of a copied chunk and of parts of one tensor; and what they leave to be checked."""
+    """Of chunks of separate weights; and what they leave to be checked."""
     pytest.importorskip("triton")
-    weights = [normal(16, 2), *normal(2, 16, 2).bfloat16(), normal(16, 2) * 3]
+    weights = [normal(16, 2), *normal(2, 16, 2).bfloat16(), normal(16, 2) * 3, normal(16, 2) * 2]
     with np.errstate(all="ignore"):  # the interpreter computes with NumPy, overflow included
         same(calibrate_many(weights, axis=0), single(weights, axis=0))
         weights[3][5, 1] = torch.inf
@@ -202,7 +214,7 @@ def test_chunks_are_bounded(swept, monkeypatch: pytest.MonkeyPatch) -> None:  # 
     assert [len(chunk) for chunk in swept[:-1]] == [2, 2, 2, 1]
     swept.clear()
     calibrate_many([weights[0], weights[1].bfloat16(), weights[2].half(), weights[3]])
-    assert [chunk.dtype for chunk in swept[:-1]] == [torch.float32, torch.bfloat16, torch.float16]
+    assert [chunk[0].dtype for chunk in swept[:-1]] == [torch.float32, torch.bfloat16, torch.float16]
     swept.clear()
     monkeypatch.setattr(_many, "_MOST_BYTES", weights[0].nbytes - 1)
     calibrate_many(weights)
@@ -210,8 +222,8 @@ def test_chunks_are_bounded(swept, monkeypatch: pytest.MonkeyPatch) -> None:  # 
 
 
 @on_device
-def test_parts_of_one_tensor_are_not_copied(swept) -> None:  # type: ignore[no-untyped-def]
-    stacked = normal(6, 32, 32)
+def test_weights_are_read_where_they_lie(swept) -> None:  # type: ignore[no-untyped-def]
+    stacked, other = normal(6, 32, 32), normal(6, 32, 32)
     rows = normal(40, 32)
     for parts in (
         stacked.unbind(),
@@ -219,31 +231,36 @@ def test_parts_of_one_tensor_are_not_copied(swept) -> None:  # type: ignore[no-u
         stacked[1::2].unbind(),
         stacked[:, 4:8].unbind(),
         [rows[i : i + 4] for i in range(0, 36, 2)],
+        stacked.unbind()[::-1],
+        [stacked[0], stacked[0]],
+        [stacked[3], other[1], stacked[2], other[5]],
+        [other[0], stacked[0]],
+        [s[:, :16] for s in (*stacked, *other)],
     ):
         swept.clear()
         same(calibrate_many(parts), single(parts))
         chunk, look = swept
         assert look == "look"
-        assert chunk.data_ptr() == parts[0].data_ptr()
-        assert chunk.shape == (len(parts), *parts[0].shape)
+        assert [part.data_ptr() for part in chunk] == [part.data_ptr() for part in parts]
 
 
 @on_device
-def test_other_tensors_are_copied(swept) -> None:  # type: ignore[no-untyped-def]
-    stacked, other = normal(6, 32, 32), normal(6, 32, 32)
-    for parts in (
-        stacked.unbind()[::-1],
-        [stacked[i] for i in (0, 1, 3)],
-        [stacked[0], stacked[0]],
-        [stacked[0], other[1], stacked[2]],
-        [stacked[0], stacked[1].t(), stacked[2]],
-        [stacked[0], other[0]],
-    ):
+def test_layouts_have_chunks_of_their_own(swept) -> None:  # type: ignore[no-untyped-def]
+    stacked = normal(4, 32, 32)
+    parts = [stacked[0], stacked[1].t(), stacked[2], stacked[3].t(), stacked[0, :, :16], stacked[0, :, 16:]]
+    same(calibrate_many(parts), single(parts))
+    assert [len(chunk) for chunk in swept[:-1]] == [2, 2, 2]
+
+
+@on_device
+def test_what_has_to_be_copied(swept) -> None:  # type: ignore[no-untyped-def]
+    not_merged = normal(3, 8, 4, 32)[:, :, :2].unbind()
+    for parts in (apart_by_8_bytes(normal(3, 32, 32)), not_merged, normal(3, 4, 32).double().unbind()):
         swept.clear()
         same(calibrate_many(parts), single(parts))
         chunk, look = swept
         assert look == "look"
-        assert chunk.data_ptr() not in {part.data_ptr() for part in parts}
+        assert not {part.data_ptr() for part in chunk} & {part.data_ptr() for part in parts}
 
 
 @on_device
@@ -373,12 +390,12 @@ def test_waits_only_for_the_check(experts, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.gpu
 def test_memory(experts, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """One chunk's copy at a time, and none of parts of one tensor."""
+    """None where they lie well, else one chunk's copy at a time."""
     weights, _ = experts
     few, chunk = 4 << 20, 8 << 20
     monkeypatch.setattr(_many, "_MOST_BYTES", chunk)
     assert sum(weight.nbytes for weight in weights) == 2 * chunk
-    for parts, copied in ((weights, chunk), (torch.stack(weights).unbind(), 0)):
+    for parts, copied in ((weights, 0), (apart_by_8_bytes(weights), chunk)):
         nt.calibrate_many(parts)
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -390,19 +407,21 @@ def test_memory(experts, monkeypatch: pytest.MonkeyPatch) -> None:  # type: igno
 
 @pytest.mark.gpu
 def test_side_stream_and_chunks_that_reuse_memory(experts, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    """The copies follow what the stream holds, and the next chunk's waits for the sweep of the last."""
+    """Sweeps follow what the stream holds; so do copies, and the next waits for the last one's sweep."""
     weights, expected = experts
     monkeypatch.setattr(_many, "_MOST_WEIGHTS", 3)
-    targets = [torch.ones_like(weight) for weight in weights]
     stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(50_000_000)
-        for target, weight in zip(targets, weights, strict=True):
-            target.copy_(weight)
-        found = nt.calibrate_many(targets, check_finite=False)
-    stream.synchronize()
-    same(found, expected)
+    for targets in ([torch.empty_like(weight) for weight in weights], apart_by_8_bytes(weights)):
+        for target in targets:
+            target.fill_(1)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            for target, weight in zip(targets, weights, strict=True):
+                target.copy_(weight)
+            found = nt.calibrate_many(targets, check_finite=False)
+        stream.synchronize()
+        same(found, expected)
 
 
 @pytest.mark.gpu

@@ -16,6 +16,7 @@ from nvfp4sweep.problem import make_problem
 from nvfp4sweep.triton_launch import plan
 
 SIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+ELEMENTS = {"code": "u8", "packed": "u8", "starts": "i64"}
 OUTPUTS = ("amax", "code", "error", "packed", "global_amax", "global_scale")
 build_of = sys.argv[1]
 capability = int(build_of.partition("-")[0])
@@ -24,16 +25,17 @@ def contiguous(shape):
     return tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 def build(
-    shape, dtype="bf16", outputs=("amax",), strides=None, given=False, checked=False, importance=None,
-    hessians=0, **options,
+    shape, dtype="bf16", outputs=("amax",), strides=None, given=False, checked=False, scattered=False,
+    importance=None, hessians=0, **options,
 ):
     # The PTX of all kernels of a call, by kernel. An importance is given by its strides.
     problem = make_problem(shape, importance=importance, hessian=hessians or None, **options)
     launches = plan(
         problem, outputs, strides or contiguous(problem.view_shape), SIZES[dtype], capability,
-        given=given, checked=checked, importance_strides=importance, hessian_matrices=hessians,
+        given=given, checked=checked, scattered=scattered,
+        importance_strides=importance, hessian_matrices=hessians,
     )
-    elements = {"weight": dtype, "code": "u8", "packed": "u8"}
+    elements = {"weight": dtype, **ELEMENTS}
     found = {}
     for launch in launches:
         names = [name and elements.get(name, "fp32") for name in launch.buffers]
@@ -98,6 +100,7 @@ elif build_of == "90-weighted":
 else:
     plain("bf16")
     importances("bf16")
+    within_a_thread(build((4, 64, 4096), batch_dims=1, scattered=True)["sweep"])
 print("compiled")
 """
 
