@@ -14,10 +14,11 @@ from torch import Tensor
 from nvfp4sweep import objectives
 from nvfp4sweep import problem as problems
 from nvfp4sweep.problem import Problem
+from nvfp4sweep_torch._findings import Findings
 from nvfp4sweep_torch._tensors import to_numpy, to_numpy_if_tensor
 
 _DTYPES = {"float32": torch.float32, "uint8": torch.uint8}
-_NO_CONTEXT = contextlib.nullcontext()
+_NO_CONTEXT: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
 _UNIT = 16  # bytes, of triton_launch's starts
 
 
@@ -30,14 +31,14 @@ def run(
     hessian: Any = None,
     *,
     check_finite: bool,
-    checked: Tensor | None = None,
+    left: Findings | None = None,
 ) -> list[Tensor]:
     """The outputs of these names. Waits for the device only to check, and then not for the sweep itself.
 
     Args:
         weight: or several of one shape, dtype and strides, instead of the tensor that they would make with a
             new first axis: `fit_together` of this problem's says which.
-        checked: of room_for_checks: gets what there is to check, for a caller that does not wait for it yet.
+        left: gets what there is to check, for a caller that looks at it later.
 
     Raises:
         ValueError: a weight or a global amax that was read is not finite, or an amax is negative; an
@@ -51,11 +52,12 @@ def run(
         starts, weight = _starts(weight), weight[0].expand(asked.shape)
         view = weight.view(asked.view_shape)
     device = weight.device
-    with _on_device(weight):
+    own = findings(asked.view_shape[0], device) if check_finite else _NO_CONTEXT
+    with _on_device(weight), own as watched:
+        seen = watched or left
         given = None if global_amax is None else _device_amax(global_amax, weight, asked)
         weights = None if importance is None else _device_importance(importance, weight, asked)
         blocks = None if hessian is None else _device_hessian(hessian, weight, asked)
-        watch = _Watch(launch.CHECKED, weight, asked, weights, blocks) if check_finite else None
         found = launch.run(
             view,
             asked,
@@ -65,11 +67,11 @@ def run(
             starts=starts,
             importance=None if weights is None else weights.expand(asked.shape).reshape(asked.view_shape),
             hessian=blocks,
-            checked=watch.values if watch else checked,
-            after_check=watch and watch.mark,
+            checked=seen and seen.values,
+            after_check=seen and seen.mark,
         )
-        if watch:
-            watch.check()
+        if watched:
+            _check(watched.read(), weight, asked, weights, blocks)
     return list(found.values())
 
 
@@ -95,79 +97,41 @@ def is_capturing(weight: Tensor) -> bool:
     return weight.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def room_for_checks(matrices: int, device: torch.device) -> Tensor:
-    return torch.empty(matrices, _triton_launch().CHECKED, device=device)
+def findings(matrices: int, device: torch.device) -> Findings:
+    """Room for what is found of so many matrices."""
+    return Findings(matrices, _triton_launch().CHECKED, device)
 
 
-def bad_matrices(checked: Tensor) -> npt.NDArray[np.bool_]:
+def bad_matrices(found: Findings) -> npt.NDArray[np.bool_]:
     """Of which matrices the weight or the global amax is not finite, or the amax negative. Waits."""
-    largest, amax, *_ = checked.cpu().numpy().T
+    largest, amax, *_ = np.reshape(found.read(), (-1, _triton_launch().CHECKED)).T
     good: npt.NDArray[np.bool_] = np.isfinite(largest) & np.isfinite(amax) & (amax >= 0)
     return ~good
 
 
-class _Watch:
-    """What the device found that must be finite, in memory of the host that it writes to itself.
-
-    The memory and its event go back for reuse only after a wait that was not interrupted.
-    """
-
-    _idle: dict[int, list[tuple[Tensor, Any]]] = {}  # by device  # noqa: RUF012
-    _ROOM = 512  # matrices
-
-    def __init__(
-        self, width: int, weight: Tensor, asked: Problem, importance: Tensor | None, hessian: Tensor | None
-    ):
-        self._width = width  # floats a matrix: triton_launch.run says which
-        self._weight = weight
-        self._problem = asked
-        self._importance = importance
-        self._hessian = hessian
-        self._matrices = asked.view_shape[0]
-        self._event = None
-        if not weight.is_cuda:
-            self.values = torch.empty(width * self._matrices)
-        elif self._matrices > self._ROOM:
-            self.values, self._event = self._allocate(width * self._matrices)
-        else:
-            try:
-                self.values, self._event = self._idle.setdefault(weight.device.index, []).pop()
-            except IndexError:
-                self.values, self._event = self._allocate(width * self._ROOM)
-
-    @staticmethod
-    def _allocate(size: int) -> tuple[Tensor, Any]:
-        return torch.empty(size, pin_memory=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
-
-    def mark(self) -> None:
-        """What is launched later is not waited for."""
-        if self._event:
-            self._event.record()
-
-    def check(self) -> None:
-        if self._event:
-            self._event.synchronize()
-        found = self.values[: self._width * self._matrices].tolist()
-        if self._event and self._matrices <= self._ROOM:
-            self._idle[self._weight.device.index].append((self.values, self._event))
-        largest, amaxes, *hessians = (found[i :: self._width] for i in range(self._width))
-        if not all(map(math.isfinite, largest)):
-            index = torch.nonzero(~torch.isfinite(self._weight))[0].tolist()
-            raise problems.nonfinite_error("weight", index, self._weight[tuple(index)].item())
-        if not all(0 <= amax < math.inf for amax in amaxes):
-            values = np.array(amaxes, np.float32).reshape(self._problem.batch_shape)
-            problems.global_amax_per_matrix(values, self._problem)
-        if self._importance is not None and self._importance.numel():
-            # Small, as a rule; where it is not, the least and the largest are two more passes over it.
-            least, most = torch.aminmax(self._importance)
-            if not (least >= 0 and most < math.inf):
-                objectives.importance_view(to_numpy(self._importance), self._problem, check=True)
-        if self._hessian is not None:
-            zero, bad = (int(sum(counts)) for counts in hessians)
-            if bad:
-                objectives.hessian_per_matrix(to_numpy(self._hessian), self._problem, check=True)
-            if zero:
-                objectives.warn_of_zero_hessians(zero, self._problem)
+def _check(
+    found: Sequence[float], weight: Tensor, asked: Problem, importance: Tensor | None, hessian: Tensor | None
+) -> None:
+    """Raise what is wrong by these findings."""
+    width = _triton_launch().CHECKED
+    largest, amaxes, *hessians = (found[i::width] for i in range(width))
+    if not all(map(math.isfinite, largest)):
+        index = torch.nonzero(~torch.isfinite(weight))[0].tolist()
+        raise problems.nonfinite_error("weight", index, weight[tuple(index)].item())
+    if not all(0 <= amax < math.inf for amax in amaxes):
+        values = np.array(amaxes, np.float32).reshape(asked.batch_shape)
+        problems.global_amax_per_matrix(values, asked)
+    if importance is not None and importance.numel():
+        # Small, as a rule; where it is not, the least and the largest are two more passes over it.
+        least, most = torch.aminmax(importance)
+        if not (least >= 0 and most < math.inf):
+            objectives.importance_view(to_numpy(importance), asked, check=True)
+    if hessian is not None:
+        zero, bad = (int(sum(counts)) for counts in hessians)
+        if bad:
+            objectives.hessian_per_matrix(to_numpy(hessian), asked, check=True)
+        if zero:
+            objectives.warn_of_zero_hessians(zero, asked)
 
 
 def _device_amax(global_amax: Any, weight: Tensor, asked: Problem) -> Tensor:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import nvfp4sweep_torch
 from nvfp4sweep import formats
 from nvfp4sweep import problem as problems
 from nvfp4sweep_torch import _device
+from nvfp4sweep_torch._findings import Findings
 from nvfp4sweep_torch._layout import is_dtensor
 from nvfp4sweep_torch._ops import Arrays, Call, Options
 from nvfp4sweep_torch._tensors import as_weight
@@ -45,7 +45,7 @@ def calibrate_many(
         weights: tensors as calibrate takes them, of any shapes, dtypes and devices.
         global_amax: None for each weight's own, one number for all, or one for each weight, as calibrate
             takes them, in a sequence or an array of one dimension.
-        check_finite: on CUDA this waits once a device, after everything is launched.
+        check_finite: on CUDA this waits when everything is launched, and not for the last sweeps.
 
     The other arguments are those of calibrate.
 
@@ -104,36 +104,37 @@ def _run(
         return [alone(w, global_amax=a, **options._asdict()) for w, a in zip(weights, amaxes, strict=True)]
     amaxes = _checked_numbers(amaxes)
     found: list[Any] = [None] * len(weights)
-    unseen: dict[torch.device, list[tuple[list[int], Tensor]]] = defaultdict(list)
-
-    def launch(group: _Group) -> None:
-        chunk = group.waiting.copy()
-        group.waiting.clear()
-        parts = [as_weight(weights[i]) for i in chunk]
-        checked = _device.room_for_checks(len(parts), parts[0].device) if options.check_finite else None
-        results = _sweep(parts, [amaxes[i] for i in chunk], group.problem, outputs, checked)
-        for i, result in zip(chunk, results, strict=True):
-            found[i] = finish(*result)
-        if checked is not None:
-            unseen[checked.device].append((chunk, checked))
-
     groups: dict[Any, _Group] = {}
-    for i, (weight, amax) in enumerate(zip(weights, amaxes, strict=True)):
-        kind = _kind(weight, amax)
-        group = groups.get(kind)
-        if group is None:
-            with _naming(i):
-                group = groups[kind] = _group(weight, amax, options, outputs)
-        group.waiting.append(i)
-        if len(group.waiting) == group.size:  # the device is at work while the host goes on
-            launch(group)
-    for group in groups.values():
-        if group.size and group.waiting:
-            launch(group)
-    for chunks in unseen.values():
-        order = np.concatenate([chunk for chunk, _ in chunks])
-        for i in order[_device.bad_matrices(torch.cat([checked for _, checked in chunks]))]:
-            found[i] = None
+    with contextlib.ExitStack() as waits:
+        launched: list[tuple[list[int], Findings]] = []
+
+        def launch(group: _Group) -> None:
+            chunk = group.waiting.copy()
+            group.waiting.clear()
+            parts = [as_weight(weights[i]) for i in chunk]
+            left = None
+            if options.check_finite:
+                left = waits.enter_context(_device.findings(len(parts), parts[0].device))
+                launched.append((chunk, left))
+            results = _sweep(parts, [amaxes[i] for i in chunk], group.problem, outputs, left)
+            for i, result in zip(chunk, results, strict=True):
+                found[i] = finish(*result)
+
+        for i, (weight, amax) in enumerate(zip(weights, amaxes, strict=True)):
+            kind = _kind(weight, amax)
+            group = groups.get(kind)
+            if group is None:
+                with _naming(i):
+                    group = groups[kind] = _group(weight, amax, options, outputs)
+            group.waiting.append(i)
+            if len(group.waiting) == group.size:  # the device is at work while the host goes on
+                launch(group)
+        for group in groups.values():
+            if group.size and group.waiting:
+                launch(group)
+        for chunk, left in launched:
+            for i in np.array(chunk)[_device.bad_matrices(left)]:
+                found[i] = None
     # Those that are swept alone, and those that are not as they must be: a call of their own says how.
     for i, result in enumerate(found):
         if result is None:
@@ -190,7 +191,7 @@ def _sweep(
     amaxes: list[Any],
     problem: problems.Problem,
     outputs: tuple[str, ...],
-    checked: Tensor | None,
+    left: Findings | None,
 ) -> Iterator[tuple[Tensor, ...]]:
     """The outputs of each part. Does not wait for the device."""
     if len(parts) == 1:
@@ -208,7 +209,7 @@ def _sweep(
         amax = torch.from_numpy(np.array(amaxes, np.float32)).to(device, non_blocking=not waits)
     shape = (len(parts), *problem.shape)
     batch = dataclasses.replace(problem, shape=shape, axis=problem.axis + 1, batch_dims=1)
-    found = _device.run(weight, batch, outputs, amax, check_finite=False, checked=checked)
+    found = _device.run(weight, batch, outputs, amax, check_finite=False, left=left)
     return zip(*(output.unbind() for output in found), strict=True)
 
 

@@ -1,8 +1,9 @@
 """What ranks of torch.distributed must answer: the bytes of one process, whatever the layout.
 
-    python distributed_checks.py DEVICE RANKS STORE
+    python distributed_checks.py DEVICE RANKS STORE PART PARTS
 
-Each check runs on all ranks; one that takes a `size`, on meshes of 1, 2, 4 .. ranks side by side.
+Each check runs on all ranks; one that takes a `size`, on meshes of 1, 2, 4 .. ranks side by side. Every
+PARTS-th check is run, from PART on: kernels for CUDA are compiled at the same time by several parts.
 """
 
 import dataclasses
@@ -344,8 +345,8 @@ def load_kernels() -> None:
 
 if __name__ == "__main__":
     warnings.simplefilter("error")
-    device, world, store = sys.argv[1:]
+    device, world, store, part, parts = sys.argv[1:]
     if device == "cpu":
         load_kernels()
     checks = [value for name, value in globals().items() if name.startswith("check_")]
-    run_on_ranks(checks, device, int(world), store)
+    run_on_ranks(checks[int(part) :: int(parts)], device, int(world), store)

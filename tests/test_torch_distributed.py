@@ -19,8 +19,11 @@ import nvfp4sweep_torch as nt  # noqa: E402
 CHECKS = Path(__file__).with_name("distributed_checks.py")
 
 
-def run_checks(device: str, world: int, store: Path) -> None:
-    command = [sys.executable, str(CHECKS), device, str(world), str(store)]
+PARTS_ON_CUDA = 10
+
+
+def run_checks(device: str, world: int, store: Path, part: int = 0, parts: int = 1) -> None:
+    command = [sys.executable, str(CHECKS), device, str(world), str(store), str(part), str(parts)]
     one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}  # a process with more is not forked
     environment = {**os.environ, **one_thread}
     process = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -33,11 +36,12 @@ def test_ranks_on_the_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_ranks_on_cuda(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(PARTS_ON_CUDA))
+def test_ranks_on_cuda(part: int, tmp_path: Path) -> None:
     devices = torch.cuda.device_count()
     if devices < 2:
         pytest.skip("one CUDA device")
-    run_checks("cuda", 1 << (devices.bit_length() - 1), tmp_path / "store")
+    run_checks("cuda", 1 << (devices.bit_length() - 1), tmp_path / "store", part, PARTS_ON_CUDA)
 
 
 @pytest.fixture
