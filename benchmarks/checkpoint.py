@@ -1,157 +1,76 @@
-"""`nvfp4sweep quantize` on a Llama made up for it: end to end, beside a copy of its files and its parts.
+"""`nvfp4sweep quantize` on a Llama made up for it: end to end, and its parts by themselves.
 
-    python -m benchmarks.checkpoint FOLDER [--layers N] [--device cpu|cuda] [--ledger FILE]
+    python -m benchmarks.checkpoint FOLDER [--layers N] [--device cpu|cuda] [--runs PxD ...] [--ledger FILE]
 
+PxD is a run of P processes with D devices each, P > 1 by torchrun; 1 x all devices where none is given.
 FOLDER is a new folder on the disk to be measured; it is removed. The files are dropped from the page cache
-before each time they are read, where the system does as it is asked. Some matrices of the result are
-compared with the oracle first.
+before each time they are read, where the system does as it is asked. Some matrices of the first run's result
+are compared with the oracle, and all bytes of the others' with the first's.
 """
 
 import argparse
+import filecmp
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-import numpy.typing as npt
 
-import nvfp4sweep
 from benchmarks import gate, ledger
-from nvfp4sweep.checkpoint import Settings, numpy_engine, quantize_checkpoint
-from nvfp4sweep.checkpoint.quantizer import Engine, Packed
+from benchmarks.checkpoint_model import make_model
+from benchmarks.checkpoint_parts import forget, parts, step
+from nvfp4sweep.checkpoint import Settings
 from nvfp4sweep.checkpoint.reader import Checkpoint
+from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
-from nvfp4sweep.cli_checkpoint import torch_engine
 from nvfp4sweep.cli_common import resolve_devices
 
-Array = npt.NDArray[Any]
-
-# Of Llama 3.1 8B.
-_HIDDEN, _INTERMEDIATE, _KEYS, _VOCABULARY = 4096, 14336, 1024, 128256
-_LAYERS_A_SHARD = 8
-_POOL = 2**27  # elements, of which all weights are cut
 _CHECKED_ROWS = 512
 
 
-def _layer(i: int) -> dict[str, tuple[int, ...]]:
-    attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
-    return {
-        f"{attention}q_proj.weight": (_HIDDEN, _HIDDEN),
-        f"{attention}k_proj.weight": (_KEYS, _HIDDEN),
-        f"{attention}v_proj.weight": (_KEYS, _HIDDEN),
-        f"{attention}o_proj.weight": (_HIDDEN, _HIDDEN),
-        f"{mlp}gate_proj.weight": (_INTERMEDIATE, _HIDDEN),
-        f"{mlp}up_proj.weight": (_INTERMEDIATE, _HIDDEN),
-        f"{mlp}down_proj.weight": (_HIDDEN, _INTERMEDIATE),
-        f"model.layers.{i}.input_layernorm.weight": (_HIDDEN,),
-        f"model.layers.{i}.post_attention_layernorm.weight": (_HIDDEN,),
-    }
+class _Run(NamedTuple):
+    processes: int
+    devices_each: int
+
+    @property
+    def devices(self) -> int:
+        """In all."""
+        return self.processes * self.devices_each
+
+    def __str__(self) -> str:
+        return f"{self.processes}x{self.devices_each}"
 
 
-def make_model(folder: Path, layers: int) -> None:
-    """Gaussian bfloat16 weights, shards of _LAYERS_A_SHARD layers."""
-    folder.mkdir(parents=True)
-    pool = np.random.default_rng(0).standard_normal(_POOL, np.float32).astype(ml_dtypes.bfloat16)
-    bits = pool.view(np.uint8)
-    groups: list[dict[str, tuple[int, ...]]] = []
-    for i in range(layers):
-        if i % _LAYERS_A_SHARD == 0:
-            groups.append({})
-        groups[-1] |= _layer(i)
-    groups[0]["model.embed_tokens.weight"] = (_VOCABULARY, _HIDDEN)
-    groups[-1] |= {"lm_head.weight": (_VOCABULARY, _HIDDEN), "model.norm.weight": (_HIDDEN,)}
-    weight_map = {}
-    offset = 0
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        entries = [Entry(name, "BF16", shape, 2 * int(np.prod(shape))) for name, shape in group.items()]
-        with open_shard(folder / file, entries) as shard:
-            for entry in entries:
-                offset = (offset + 2 * 7919 * 16) % (bits.size // 2)
-                shard.write(entry.name, _cut(bits, offset, entry.n_bytes))
-                weight_map[entry.name] = file
-    write_json(folder / "model.safetensors.index.json", {"weight_map": weight_map})
-    write_json(folder / "config.json", {"model_type": "llama", "num_hidden_layers": layers})
+def _run_of(text: str) -> _Run:
+    if not re.fullmatch(r"[1-9]\d*x1|1x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be 1xD, or Px1: each of several processes has one")
+    processes, _, devices = text.partition("x")
+    return _Run(int(processes), int(devices))
 
 
-def _cut(bits: npt.NDArray[np.uint8], offset: int, n_bytes: int) -> list[memoryview]:
-    parts = []
-    while n_bytes:
-        part = bits[offset : offset + n_bytes]
-        parts.append(part.data)
-        n_bytes -= part.size
-        offset = 0
-    return parts
-
-
-class _Timed:
-    """An engine, and the seconds that its calls took together."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine, self._lock = engine, threading.Lock()
-        self.seconds = 0.0
-
-    def __call__(self, matrix: Array, amax: np.float32, importance: Array | None, min_code: int) -> Packed:
-        start = time.perf_counter()
-        found = self._engine(matrix, amax, importance, min_code)
-        with self._lock:
-            self.seconds += time.perf_counter() - start
-        return found
-
-
-def _forget(folder: Path) -> None:
-    """Drop the files from the page cache."""
-    if hasattr(os, "posix_fadvise"):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                descriptor = os.open(path, os.O_RDONLY)
-                os.fsync(descriptor)
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(descriptor)
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-    for path in target.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)  # as quantize does
-        os.close(descriptor)
-
-
-def _parts(source: Path, out: Path, engine: Engine) -> dict[str, float]:
-    """Seconds of each step by itself, one tensor after another: what quantize does at the same time."""
-    checkpoint = Checkpoint(source)
-    steps = dict.fromkeys(("read", "amax", "quantize"), 0.0)
-    for tensor in checkpoint.tensors:
-        if "_proj" not in tensor.name:
-            continue
-        start = time.perf_counter()
-        weight = checkpoint.read(tensor)
-        read = time.perf_counter()
-        amax = nvfp4sweep.global_amax(weight)
-        found = time.perf_counter()
-        engine(weight, np.float32(amax), None, 1)
-        steps["read"] += read - start
-        steps["amax"] += found - read
-        steps["quantize"] += time.perf_counter() - found
-        del weight
-    _forget(out)
-    steps["copy_result"] = _seconds(lambda: _copy(out, out.with_name("copied")))
-    shutil.rmtree(out.with_name("copied"))
-    return {name: round(seconds, 3) for name, seconds in steps.items()}
+def _measure(run: _Run, source: Path, out: Path, kind: str) -> dict[str, Any]:
+    """In processes of its own."""
+    forget(source)
+    result = out.with_name("result.json")
+    start = [sys.executable, "-m"]
+    if run.processes > 1:
+        torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(run.processes), "-m"]
+        start += torchrun
+    command = [*start, "benchmarks.checkpoint_process", str(source), str(out), str(result), "--device", kind]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(run.devices)))).split(",")
+    limited = {"CUDA_VISIBLE_DEVICES": ",".join(visible[: run.devices])} if kind == "cuda" else {}
+    subprocess.run(command, check=True, env=os.environ | limited)
+    found = json.loads(result.read_text())
+    result.unlink()
+    devices = run.devices if kind == "cuda" else 1  # which all processes share
+    return {"processes": run.processes, "devices": devices, **found}
 
 
 def _check(source: Path, out: Path) -> int:
@@ -167,6 +86,19 @@ def _check(source: Path, out: Path) -> int:
         code = np.frombuffer(b"".join(stored.chunks(scale)), np.uint8).reshape(scale.shape)
         blocks += gate.require_equal(tensor.name, code[rows], gate.oracle_codes(weight[rows], amax))
     return blocks
+
+
+def _require_same(run: _Run, out: Path, first: Path) -> None:
+    """SystemExit if a byte differs."""
+    names = {
+        str(path.relative_to(folder))
+        for folder in (out, first)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+    _, different, unread = filecmp.cmpfiles(out, first, names, shallow=False)
+    if different or unread:
+        raise SystemExit(f"{run}: {min(different + unread)} is not that of the first run: not recorded")
 
 
 def _peak_bytes(source: Path, out: Path) -> int:
@@ -208,64 +140,81 @@ def _peaks(folder: Path) -> dict[str, int]:
     }
 
 
+def _measure_all(folder: Path, layers: int, devices: Sequence[str], runs: Sequence[_Run]) -> dict[str, Any]:
+    """In `folder`, which is not there yet."""
+    source, out, other = folder / "model", folder / "out", folder / "other"
+    kind = devices[0].partition(":")[0]
+    with step("model"):
+        make_model(source, layers)
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        first = not rows
+        with step(f"run {run}"):
+            rows.append(_measure(run, source, out if first else other, kind))
+        print(json.dumps(rows[-1]), flush=True)
+        if first:
+            with step("oracle"):
+                blocks = _check(source, out)
+        else:
+            with step("comparison"):
+                _require_same(run, other, out)
+            shutil.rmtree(other)
+    selection = Selection(source, Settings())
+    entry = {
+        "layers": layers,
+        "input_bytes": _n_bytes(source),
+        "output_bytes": _n_bytes(out),
+        "weight_bytes": sum(map(selection.checkpoint.n_bytes, selection.plan.tensors)),
+        "blocks_compared": blocks,
+        "parts_seconds": parts(selection, out, devices[0]),
+        "runs": rows,
+    }
+    shutil.rmtree(source)
+    shutil.rmtree(out)
+    if kind == "cpu":
+        with step("peaks"):
+            entry |= _peaks(folder)
+    return entry
+
+
+def _n_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--runs", type=_run_of, nargs="+", metavar="PxD")
     parser.add_argument("--ledger", type=Path, default=ledger.PATH)
     arguments = parser.parse_args()
-    folder, source, out = arguments.folder, arguments.folder / "model", arguments.folder / "out"
     devices = resolve_devices(arguments.device)
     kind = devices[0].partition(":")[0]
-    entry: dict[str, Any] = {
-        **ledger.environment(_device_name(devices)),
+    runs = arguments.runs or [_Run(1, len(devices))]
+    for run in runs:
+        if run.devices > len(devices) and (kind == "cuda" or run.devices_each > 1):
+            parser.error(f"--runs {run}: there are {len(devices)} devices")
+    entry = {
+        **ledger.environment(_device_name(kind)),
         "benchmark": f"checkpoint_{kind}",
+        "devices": len(devices),
         "host": ledger.processor(),
-        "layers": arguments.layers,
     }
+    arguments.folder.mkdir(parents=True)
     try:
-        make_model(source, arguments.layers)
-        n_bytes = sum(path.stat().st_size for path in source.iterdir())
-        engines = [_Timed(numpy_engine if kind == "cpu" else torch_engine(device)) for device in devices]
-        for engine in engines:  # compiled, or loaded, before the clock starts
-            engine(np.ones((256, 256), ml_dtypes.bfloat16), np.float32(1), None, 1)
-            engine.seconds = 0.0
-        _forget(source)
-        copy = _seconds(lambda: _copy(source, folder / "copy"))
-        shutil.rmtree(folder / "copy")
-        _forget(source)
-        whole = _seconds(lambda: quantize_checkpoint(source, out, Settings(), engines=engines))
-        compute = sum(engine.seconds for engine in engines)
-        entry |= {
-            "input_bytes": n_bytes,
-            "output_bytes": sum(path.stat().st_size for path in out.iterdir()),
-            "blocks_compared": _check(source, out),
-            "seconds": {
-                "copy": round(copy, 3),
-                "quantize_checkpoint": round(whole, 3),
-                "engine": round(compute, 3),
-            },
-            "input_gb_per_second": round(n_bytes / whole / 1e9, 3),
-            "copy_gb_per_second": round(n_bytes / copy / 1e9, 3),
-        }
-        _forget(source)
-        entry["parts_seconds"] = _parts(source, out, engines[0])
-        shutil.rmtree(source)
-        shutil.rmtree(out)
-        if kind == "cpu":
-            entry |= _peaks(folder)
+        entry |= _measure_all(arguments.folder, arguments.layers, devices, runs)
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(arguments.folder, ignore_errors=True)
     ledger.append(entry, arguments.ledger)
 
 
-def _device_name(devices: list[str]) -> str:
-    if devices[0] == "cpu":
+def _device_name(kind: str) -> str:
+    if kind == "cpu":
         return ledger.processor()
     import torch
 
-    return f"{len(devices)} x {torch.cuda.get_device_name()}"
+    return torch.cuda.get_device_name()
 
 
 if __name__ == "__main__":

@@ -40,7 +40,11 @@ def page(newest: dict[str, dict[str, Any]], of_ranks: Sequence[dict[str, Any]] =
         parts.append(many(newest["cuda_many"]))
     if of_ranks:
         parts.append(ranks(list(of_ranks)))
-    parts += [checkpoint(newest[name]) for name in ("checkpoint_cuda", "checkpoint_cpu") if name in newest]
+    parts += [
+        checkpoint(newest[name])
+        for name in ("checkpoint_cuda", "checkpoint_cpu")
+        if "runs" in newest.get(name, {})  # older lines have none
+    ]
     parts += [jax(newest[name]) for name in ("jax_cuda", "jax_cpu") if name in newest]
     if "cpu" in newest:
         parts.append(_cpu(newest["cpu"]))

@@ -19,16 +19,15 @@ _MANY = {
     "stacked": "`calibrate` of one stacked tensor",
     "loop": "`calibrate` of one weight after another",
 }
-_SECONDS = {
-    "copy": "the input's files copied",
-    "quantize_checkpoint": "`quantize_checkpoint`",
-    "engine": "of that in the engine: to the device, search, pack, and back; all devices together",
-}
+#: What each part is, and the bytes that it is about.
 _PARTS = {
-    "read": "the weights read, one after another",
-    "amax": "their global amaxes",
-    "quantize": "search and pack",
-    "copy_result": "the result's files copied",
+    "read": ("the weights read", "weight_bytes"),
+    "read_cached": ("the same from the page cache", "weight_bytes"),
+    "amax": ("their global amaxes, on the CPU", "weight_bytes"),
+    "quantize": ("to the engine, search, pack, and back", "weight_bytes"),
+    "report": ("the report's errors, on the CPU", "weight_bytes"),
+    "write": ("the result written", "output_bytes"),
+    "copy": ("the input's files copied", "input_bytes"),
 }
 
 
@@ -88,19 +87,45 @@ def many(entry: Row) -> str:
 
 
 def checkpoint(entry: Row) -> str:
-    seconds = {text: [f"{entry['seconds'][name]:.1f}"] for name, text in _SECONDS.items()}
-    parts = {text: [f"{entry['parts_seconds'][name]:.1f}"] for name, text in _PARTS.items()}
+    first = entry["runs"][0]["engine_seconds"]
+    runs = {
+        f"{row['processes']} x {row['devices'] // row['processes'] or 1}": [
+            f"{row['seconds']:.1f}",
+            f"{entry['input_bytes'] / row['seconds'] / 1e9:.2f}",
+            f"{row['engine_seconds']:.2f}",
+            f"{first / row['engine_seconds']:.2f}",
+            *(f"{row[f'{stage}_seconds']:.1f}" for stage in ("read", "report", "write")),
+        ]
+        for row in entry["runs"]
+    }
+    parts = {
+        text: [
+            f"{entry['parts_seconds'][name]:.2f}",
+            f"{entry[size] / entry['parts_seconds'][name] / 1e9:.2f}",
+        ]
+        for name, (text, size) in _PARTS.items()
+    }
+    head = [
+        "processes x devices of each", "seconds", "GB of input a second", "engine, s", "its speed-up",
+        "reading, s", "report, s", "writing, s",
+    ]  # fmt: skip
     lines = [
         f"## Checkpoints: {entry['device']}",
         "",
         f"A Llama of {entry['layers']} layers as large as Llama 3.1 8B's: {entry['input_bytes'] / 1e9:.1f} GB"
-        f" in, {entry['output_bytes'] / 1e9:.1f} GB out; files dropped from the page cache before. Of"
-        f" {run(entry)}.",
+        f" in, of which {entry['weight_bytes'] / 1e9:.1f} GB are quantized; {entry['output_bytes'] / 1e9:.1f}"
+        f" GB out. Files were dropped from the page cache before each run. Of {run(entry)}.",
         "",
-        *plain_table(["", "seconds"], seconds | {"by themselves:": [""]} | parts),
+        *plain_table(head, runs),
         "",
-        f"Input a second: {entry['input_gb_per_second']} GB; the copy {entry['copy_gb_per_second']} GB."
-        f" {entry['blocks_compared']:,} blocks of the result were compared with the oracle's.",
+        "Engine: to the device, search, pack, and back, on the device that was longest at it; speed-up over"
+        " the first run. The other columns: how long the process that was longest at it read weights (twice),"
+        " added up the report's errors, and wrote; these go on at the same time.",
+        "",
+        f"The results have the same bytes. {entry['blocks_compared']:,} blocks of the first were compared"
+        " with the oracle's. The parts by themselves, one after another:",
+        "",
+        *plain_table(["", "seconds", "GB a second"], parts),
         "",
     ]
     if "peak_bytes" in entry:

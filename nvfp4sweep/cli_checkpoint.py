@@ -70,7 +70,7 @@ def quantize(
             LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
             min_code, scale_max, strict, skip_bad,
         )  # fmt: skip
-        job = quantizer.Job(source, target, settings, importance, engines, ranks)
+        job = quantizer.Job(source, target, settings, importance, engines, devices != ["cpu"], ranks)
         selection = job.selection
         bars = {
             stage: add_bar(progress, stage, selection.checkpoint, selection.plan.tensors)

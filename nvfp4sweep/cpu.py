@@ -88,7 +88,7 @@ def absolute_maximum(matrix: npt.NDArray[Any]) -> np.float32:
 
 
 def _largest(run: Callable[[Any], int], tasks: Iterator[Any], n_elements: int) -> int:
-    workers = min(_n_cores(), n_elements // cpu_searches.ELEMENTS_A_SLAB)
+    workers = min(n_cores(), n_elements // cpu_searches.ELEMENTS_A_SLAB)
     if workers <= 1:
         return max(map(run, tasks), default=0)
     largest = 0
@@ -102,7 +102,7 @@ def _largest(run: Callable[[Any], int], tasks: Iterator[Any], n_elements: int) -
         return max([largest, *(future.result() for future in pending)])
 
 
-def _n_cores() -> int:
+def n_cores() -> int:
     """The cores that this process may use, where the platform can tell."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -54,3 +54,34 @@ def test_jax(place: str) -> None:
     assert "| jit, xla / eager | 2 |" in text
     assert ("| eager / PyTorch adapter, global amax given | 1.1 |" in text) == (place == "cuda")
     assert "| eager, global amax given, no check | 0.03 (0.03 .. 0.03) |" in text
+
+
+def test_checkpoint() -> None:
+    row = {"seconds": 4.0, "engine_seconds": 1.0, "read_seconds": 3.0, "report_seconds": 2.0}
+    entry = {
+        **HEAD,
+        "layers": 2,
+        "input_bytes": 8_000_000_000,
+        "output_bytes": 3_000_000_000,
+        "weight_bytes": 6_000_000_000,
+        "blocks_compared": 12345,
+        "parts_seconds": dict.fromkeys(
+            ("read", "read_cached", "amax", "quantize", "report", "write", "copy"), 2.0
+        ),
+        "runs": [
+            {**row, "processes": 1, "devices": 1, "write_seconds": 1.5},
+            {**row, "processes": 1, "devices": 4, "write_seconds": 1.5, "engine_seconds": 0.25},
+            {**row, "processes": 4, "devices": 4, "write_seconds": 0.5, "seconds": 2.0},
+        ],
+    }
+    text = report.page({"checkpoint_cuda": entry})
+    assert "| 1 x 1 | 4.0 | 2.00 | 1.00 | 1.00 | 3.0 | 2.0 | 1.5 |" in text
+    assert "| 1 x 4 | 4.0 | 2.00 | 0.25 | 4.00 | 3.0 | 2.0 | 1.5 |" in text
+    assert "| 4 x 1 | 2.0 | 4.00 | 1.00 | 1.00 | 3.0 | 2.0 | 0.5 |" in text
+    assert "| the weights read | 2.00 | 3.00 |" in text
+    assert "| the result written | 2.00 | 1.50 |" in text
+    assert "| the input's files copied | 2.00 | 4.00 |" in text
+    assert "12,345 blocks" in text
+    assert "Peak memory" not in text
+    without = {name: value for name, value in entry.items() if name != "runs"}  # an older line
+    assert "Checkpoints" not in report.page({"checkpoint_cuda": without})

@@ -1,9 +1,11 @@
 """nvfp4sweep quantize: names, bytes, configuration, interruptions and faults, on small folders."""
 
+import itertools
 import json
 import multiprocessing
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +28,7 @@ from nvfp4sweep import cli, cli_checkpoint, formats
 from nvfp4sweep.checkpoint import quantizer
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
 from nvfp4sweep.checkpoint.quantizer import numpy_engine, quantize_checkpoint
-from nvfp4sweep.checkpoint.reader import CheckpointError
+from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.settings import Settings
 
 Array = np.ndarray[Any, Any]
@@ -272,6 +274,64 @@ def test_importance(model: Path, tmp_path: Path) -> None:
     ):
         quantize_checkpoint(model, tmp_path / "bad", importance=tmp_path / "bad.safetensors")
     assert not (tmp_path / "bad").exists()
+
+
+# --- at the same time ---------------------------------------------------------------------------------
+
+
+def test_errors_are_counted_while_the_next_tensor_is_searched(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One engine off the CPU: its second call and the first tensor's errors wait for each other."""
+    both = threading.Barrier(2, timeout=30)
+    engine_calls, error_calls = itertools.count(), itertools.count()
+    scale_errors = quantizer.scale_errors
+
+    def engine(*arguments: Any) -> quantizer.Packed:
+        if next(engine_calls) == 1:
+            both.wait()
+        return numpy_engine(*arguments)
+
+    def errors(*arguments: Any) -> Any:
+        if next(error_calls) == 0:
+            both.wait()
+        return scale_errors(*arguments)
+
+    monkeypatch.setattr(quantizer, "scale_errors", errors)
+    quantize_checkpoint(model, tmp_path / "a", engines=[engine], off_cpu=True)
+    assert next(engine_calls) == next(error_calls) == len(MODULES)
+    monkeypatch.undo()
+    quantize_checkpoint(model, tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("off_cpu", "most"), [(False, 2), (True, 3)])
+def test_tensors_in_memory(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_cpu: bool, most: int
+) -> None:
+    """While the engine holds on to its first tensor, so many are read and no more."""
+    held, full, beyond = threading.Event(), threading.Event(), threading.Event()
+    once, twice = set(), set()
+    read = Checkpoint.read
+
+    def counted(checkpoint: Checkpoint, tensor: TensorInfo) -> Array:
+        (twice if tensor in once else once).add(tensor)  # in the second pass, or the first
+        if len(twice) == most:
+            full.set()
+        if len(twice) > most:
+            beyond.set()
+        return read(checkpoint, tensor)
+
+    def engine(*arguments: Any) -> quantizer.Packed:
+        if not held.is_set():
+            held.set()
+            assert full.wait(30)
+            assert not beyond.wait(0.5)
+        return numpy_engine(*arguments)
+
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    quantize_checkpoint(model, tmp_path / "out", engines=[engine], off_cpu=off_cpu)
+    assert len(twice) == 6
 
 
 # --- interruptions ----------------------------------------------------------------------------------

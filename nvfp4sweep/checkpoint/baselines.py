@@ -4,7 +4,6 @@ In float64, a chunk of blocks at a time, and no code of an engine: the same arit
 of a report.
 """
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -15,12 +14,14 @@ import numpy as np
 import numpy.typing as npt
 
 from nvfp4sweep import formats
+from nvfp4sweep.cpu import n_cores
 
 #: The published 4/6 ("four over six") maps the global amax to 6 * 256, not to 6 * 448: a block whose
 #: maximum becomes 4 then has a scale of up to 384, within E4M3.
 FOUR_OVER_SIX_E4M3_MAX = 256.0
 
-_CHUNK_BLOCKS = 4096
+_CHUNK_BLOCKS = 4096  # whose errors are added up by themselves
+_TASK_CHUNKS = 4  # so many threads seldom wait for the interpreter's lock
 
 _E4M3_VALUES = formats.E4M3_VALUES  # a constant to Numba
 
@@ -60,15 +61,16 @@ def scale_errors(
     codes = code.reshape(matrices, -1)
     amaxes = global_amax.reshape(matrices)
 
-    def chunk(place: tuple[int, int]) -> ScaleErrors:
+    def task(place: tuple[int, int]) -> list[ScaleErrors]:
         i, start = place
-        part = slice(start, start + _CHUNK_BLOCKS)
-        return _chunk_errors(blocks[i, part], codes[i, part], amaxes[i])
+        part = slice(start, start + step)
+        return _errors(blocks[i, part], codes[i, part], amaxes[i])
 
-    places = [(i, start) for i in range(matrices) for start in range(0, blocks.shape[1], _CHUNK_BLOCKS)]
+    step = _TASK_CHUNKS * _CHUNK_BLOCKS
+    places = [(i, start) for i in range(matrices) for start in range(0, blocks.shape[1], step)]
     # `map` keeps the order, so sums do not vary.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return total(list(pool.map(chunk, places)))
+    with ThreadPoolExecutor(n_cores()) as pool:
+        return total([chunk for chunks in pool.map(task, places) for chunk in chunks])
 
 
 def total(parts: Sequence[ScaleErrors]) -> ScaleErrors:
@@ -90,24 +92,34 @@ def absmax_code(block_amax: npt.NDArray[Any], global_amax: np.float32) -> npt.ND
     return codes
 
 
-def _chunk_errors(
+def _errors(
     blocks: npt.NDArray[Any], code: npt.NDArray[np.uint8], global_amax: np.float32
-) -> ScaleErrors:
+) -> list[ScaleErrors]:
+    """Of each chunk of these blocks."""
     amax = np.float64(global_amax)
     other = np.float64(np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX)))
-    offsets = np.zeros(2 * formats.MAX_CODE + 1, np.int64)
-    codes = np.zeros(formats.MAX_CODE + 1, np.int64)
-    absmax, four_over_six, exact, clipped = _add_errors(
+    chunks = -(-len(blocks) // _CHUNK_BLOCKS)
+    sums = np.zeros((chunks, 3))
+    offsets = np.zeros((chunks, 2 * formats.MAX_CODE + 1), np.int64)
+    codes = np.zeros((chunks, formats.MAX_CODE + 1), np.int64)
+    clipped = np.zeros(chunks, np.int64)
+    _add_errors(
+        _CHUNK_BLOCKS,
         _float32(blocks),
         code,
         formats.amax_by_code(global_amax),
         formats.scale_by_code(global_amax),
         formats.E4M3_MAX / amax if amax > 0 else 0.0,
         other,
+        sums,
         offsets,
         codes,
+        clipped,
     )
-    return ScaleErrors(absmax, four_over_six, exact, offsets, codes, clipped)
+    return [
+        ScaleErrors(float(s[0]), float(s[1]), float(s[2]), offsets[i], codes[i], int(clipped[i]))
+        for i, s in enumerate(sums)
+    ]
 
 
 def _float32(blocks: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
@@ -163,29 +175,32 @@ def _squared_error(elements, scale):  # type: ignore[no-untyped-def]
 
 
 @_jit(
-    "Tuple((float64, float64, float64, int64))(float32[:,::1], uint8[::1], float32[::1], float32[::1], "
-    "float64, float64, int64[::1], int64[::1])"
+    "void(int64, float32[:,::1], uint8[::1], float32[::1], float32[::1], "
+    "float64, float64, float64[:,::1], int64[:,::1], int64[:,::1], int64[::1])"
 )
 def _add_errors(  # type: ignore[no-untyped-def]
-    blocks, code, amax_by_code, scale_by_code, ratio, four_over_six_scale, offsets, codes
-):
-    """(errors at absmax, by 4/6, at `code`; blocks clipped there); the histograms are added to."""
-    absmax, four_over_six, exact, clipped = 0.0, 0.0, 0.0, 0
-    for block in range(len(blocks)):
-        elements = blocks[block]
-        largest = np.float32(0)
-        for i in range(len(elements)):
-            largest = max(largest, abs(elements[i]))
-        usual, chosen = _nearest_code(largest * ratio), code[block]
-        absmax += _squared_error(elements, np.float64(scale_by_code[usual]))
-        exact += _squared_error(elements, np.float64(scale_by_code[chosen]))
-        at_six, at_four = 0.0, 0.0
-        if four_over_six_scale > 0:
-            scaled = largest / four_over_six_scale
-            at_six = _E4M3_VALUES[_nearest_code(scaled / 6)] * four_over_six_scale
-            at_four = _E4M3_VALUES[_nearest_code(scaled / 4)] * four_over_six_scale
-        four_over_six += min(_squared_error(elements, at_six), _squared_error(elements, at_four))
-        offsets[np.int64(chosen) - usual + 126] += 1
-        codes[chosen] += 1
-        clipped += largest > amax_by_code[chosen]
-    return absmax, four_over_six, exact, clipped
+    chunk_blocks, blocks, code, amax_by_code, scale_by_code, ratio, four_over_six_scale,
+    sums, offsets, codes, clipped,
+):  # fmt: skip
+    """Fill `sums` with each chunk's errors at absmax, by 4/6, at `code`; the rest are counts."""
+    for chunk in range(len(sums)):
+        absmax, four_over_six, exact = 0.0, 0.0, 0.0
+        first = chunk * chunk_blocks
+        for block in range(first, min(first + chunk_blocks, len(blocks))):
+            elements = blocks[block]
+            largest = np.float32(0)
+            for i in range(len(elements)):
+                largest = max(largest, abs(elements[i]))
+            usual, chosen = _nearest_code(largest * ratio), code[block]
+            absmax += _squared_error(elements, np.float64(scale_by_code[usual]))
+            exact += _squared_error(elements, np.float64(scale_by_code[chosen]))
+            at_six, at_four = 0.0, 0.0
+            if four_over_six_scale > 0:
+                scaled = largest / four_over_six_scale
+                at_six = _E4M3_VALUES[_nearest_code(scaled / 6)] * four_over_six_scale
+                at_four = _E4M3_VALUES[_nearest_code(scaled / 4)] * four_over_six_scale
+            four_over_six += min(_squared_error(elements, at_six), _squared_error(elements, at_four))
+            offsets[chunk, np.int64(chosen) - usual + 126] += 1
+            codes[chunk, chosen] += 1
+            clipped[chunk] += largest > amax_by_code[chosen]
+        sums[chunk] = absmax, four_over_six, exact

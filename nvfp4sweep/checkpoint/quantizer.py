@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -95,14 +96,16 @@ def quantize_checkpoint(
     *,
     importance: Path | None = None,
     engines: Sequence[Engine] = (numpy_engine,),
+    off_cpu: bool = False,
     ranks: Ranks = ALONE,
     advance: Advance = lambda stage, tensor: None,
 ) -> Written:
     """Write an NVFP4 checkpoint of the model in `source` to `target`.
 
-    In memory are one tensor for each engine, and the next, which is read meanwhile. An interrupted call
-    leaves a folder `target`.partial, from which the same call goes on. The result depends neither on
-    interruptions nor on the number of engines and processes.
+    In memory are one tensor for each engine, two with `off_cpu`, and the next, which is read meanwhile; and
+    what as many became until it is written. An interrupted call leaves a folder `target`.partial, from
+    which the same call goes on. The result depends neither on interruptions nor on the engines and
+    processes.
 
     Args:
         source: a Hugging Face folder, with config.json and one or more *.safetensors files.
@@ -110,6 +113,8 @@ def quantize_checkpoint(
         importance: a safetensors file with an importance per input, [K] or, for stacked experts, [E, K],
             under the names of the tensors; or llama.cpp's imatrix, *.gguf. Others are quantized without.
         engines: where the searches run, one at a time on each.
+        off_cpu: the engines leave this CPU idle, so while they search a tensor it works on the report of
+            the one before.
         ranks: the processes that call this with the same arguments, on one file system.
         advance: told of each tensor that this process has read, in each of the two passes.
 
@@ -119,7 +124,7 @@ def quantize_checkpoint(
         ValueError: NaN or infinity in a weight (unless settings.skip_bad); the message names it.
         OSError: the disk refuses.
     """
-    return Job(source, target, settings, importance, engines, ranks).run(advance)
+    return Job(source, target, settings, importance, engines, off_cpu, ranks).run(advance)
 
 
 class Job:
@@ -136,6 +141,7 @@ class Job:
         settings: Settings,
         importance: Path | None = None,
         engines: Sequence[Engine] = (numpy_engine,),
+        off_cpu: bool = False,
         ranks: Ranks = ALONE,
     ) -> None:
         check_apart(source, target)
@@ -146,7 +152,8 @@ class Job:
         self._engines: SimpleQueue[Engine] = SimpleQueue()
         for engine in engines:
             self._engines.put(engine)
-        self._workers = len(engines)
+        self._cores = Lock()
+        self._workers = (2 if off_cpu else 1) * len(engines)
 
     def run(self, advance: Advance) -> Written:
         self._advance = advance
@@ -281,21 +288,16 @@ class Job:
             folder.keep_of(file, [quality.as_json() for quality in qualities])
 
     def _make(self, tensor: TensorInfo, weight: Array, amaxes: Array) -> _Made:
-        engine = self._engines.get()
-        try:
-            importance = None if self.selection.importances is None else self.selection.importances.of(tensor)
-            made = _Made([], [])
-            for matrix in matrices(tensor, self.selection.model_type):
-                one = () if matrix.expert is None else (matrix.expert,)
-                weighing = None if importance is None else importance[one]
-                self._quantize(engine, matrix, matrix.of(weight), amaxes[one], weighing, made)
-            return made
-        finally:
-            self._engines.put(engine)
+        importance = None if self.selection.importances is None else self.selection.importances.of(tensor)
+        made = _Made([], [])
+        for matrix in matrices(tensor, self.selection.model_type):
+            one = () if matrix.expert is None else (matrix.expert,)
+            weighing = None if importance is None else importance[one]
+            self._quantize(matrix, matrix.of(weight), amaxes[one], weighing, made)
+        return made
 
     def _quantize(
         self,
-        engine: Engine,
         matrix: Matrix,
         weight: Array,
         amax: Any,
@@ -305,7 +307,11 @@ class Job:
         amax = amax * np.float32(E4M3_MAX / self._settings.scale_max)
         # A weight of zeros has no scale of its own, and runtimes divide by it.
         amax = np.float32(amax if amax > 0 else 1)
-        found = engine(weight, amax, importance, self._settings.min_code)
+        engine = self._engines.get()
+        try:
+            found = engine(weight, amax, importance, self._settings.min_code)
+        finally:
+            self._engines.put(engine)
         arrays = self._settings.layout.arrays(
             matrix.module,
             found.packed,
@@ -314,7 +320,8 @@ class Job:
             self._settings.input_scale,
         )
         made.arrays.extend(arrays.items())
-        errors = scale_errors(np.ascontiguousarray(weight), found.scale.view(np.uint8), np.asarray(amax))
+        with self._cores:  # all of them: two at a time would keep the engines' threads waiting
+            errors = scale_errors(np.ascontiguousarray(weight), found.scale.view(np.uint8), np.asarray(amax))
         made.qualities.append(Quality(matrix.module, matrix.shape, float(amax), errors))
 
     def _write_others(

@@ -1,5 +1,6 @@
 """Several processes that make one checkpoint: what they must tell each other."""
 
+import heapq
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -55,12 +56,19 @@ def together(ranks: Ranks, work: Callable[[], Found]) -> list[Found]:
 
 
 def share(items: Sequence[Item], size: Callable[[Item], int], ranks: Ranks) -> list[Item]:
-    """This process's part of the items: the largest go first, each to whoever has least."""
-    loads = [0] * ranks.size
-    mine = set()
-    for i in sorted(range(len(items)), key=lambda i: (-size(items[i]), i)):
-        least = loads.index(min(loads))
-        loads[least] += size(items[i])
-        if least == ranks.rank:
-            mine.add(i)
-    return [item for i, item in enumerate(items) if i in mine]
+    """This process's part of the items."""
+    return shares(items, size, ranks.size)[ranks.rank]
+
+
+def shares(items: Sequence[Item], size: Callable[[Item], int], ranks: int) -> list[list[Item]]:
+    """The items of each rank, in their order: the largest go first, each to whoever has least."""
+    sizes = [size(item) for item in items]
+    least = [(0, rank) for rank in range(ranks)]
+    owners = [0] * len(items)
+    for i in sorted(range(len(items)), key=lambda i: (-sizes[i], i)):
+        load, owners[i] = least[0]
+        heapq.heapreplace(least, (load + sizes[i], owners[i]))
+    found: list[list[Item]] = [[] for _ in range(ranks)]
+    for item, owner in zip(items, owners, strict=True):
+        found[owner].append(item)
+    return found
