@@ -4,11 +4,11 @@ In float64, a chunk of blocks at a time, and no code of an engine: the same arit
 of a report.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numba
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ from nvfp4sweep.cpu import n_cores
 FOUR_OVER_SIX_E4M3_MAX = 256.0
 
 _CHUNK_BLOCKS = 4096  # whose errors are added up by themselves
-_TASK_CHUNKS = 4  # so many threads seldom wait for the interpreter's lock
+_TASKS_A_CORE = 4
 
 _E4M3_VALUES = formats.E4M3_VALUES  # a constant to Numba
 
@@ -57,20 +57,64 @@ def scale_errors(
         global_amax: float32, the shape of the leading axes that stack matrices ([] or [E]).
     """
     matrices = max(1, global_amax.size)
-    blocks = weight.reshape(matrices, -1, formats.BLOCK_SIZE)
+    # Not as numbers: NumPy's conversions would take memory, and for bfloat16 keep other threads waiting.
+    bits = weight.view(f"u{weight.itemsize}").reshape(matrices, -1, formats.BLOCK_SIZE)
     codes = code.reshape(matrices, -1)
     amaxes = global_amax.reshape(matrices)
+    chunks = -(-bits.shape[1] // _CHUNK_BLOCKS)
+    found = _Found.of(matrices, chunks)
 
-    def task(place: tuple[int, int]) -> list[ScaleErrors]:
+    def add(place: tuple[int, int]) -> None:
         i, start = place
-        part = slice(start, start + step)
-        return _errors(blocks[i, part], codes[i, part], amaxes[i])
+        chunks = slice(start, start + step)
+        blocks = slice(start * _CHUNK_BLOCKS, (start + step) * _CHUNK_BLOCKS)
+        _add_errors(
+            _CHUNK_BLOCKS,
+            bits[i, blocks],
+            weight.dtype == np.float16,
+            codes[i, blocks],
+            *_tables(amaxes[i]),
+            *(array[i, chunks] for array in found),
+        )
 
-    step = _TASK_CHUNKS * _CHUNK_BLOCKS
-    places = [(i, start) for i in range(matrices) for start in range(0, blocks.shape[1], step)]
-    # `map` keeps the order, so sums do not vary.
+    # Few tasks for each thread: between tasks they wait for each other in the interpreter.
+    step = max(1, matrices * chunks // (_TASKS_A_CORE * n_cores()))
     with ThreadPoolExecutor(n_cores()) as pool:
-        return total([chunk for chunks in pool.map(task, places) for chunk in chunks])
+        list(pool.map(add, [(i, start) for i in range(matrices) for start in range(0, chunks, step)]))
+    return found.total()
+
+
+class _Found(NamedTuple):
+    """By matrix and chunk: what a task fills does not depend on the number of tasks, nor do the sums."""
+
+    errors: npt.NDArray[np.float64]  # at absmax, by 4/6, at the given codes
+    offsets: npt.NDArray[np.int64]
+    codes: npt.NDArray[np.int64]
+    clipped: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(matrices: int, chunks: int) -> "_Found":
+        def zeros(width: int, dtype: npt.DTypeLike = np.int64) -> npt.NDArray[Any]:
+            return np.zeros((matrices, chunks, width), dtype)
+
+        offsets, codes = zeros(2 * formats.MAX_CODE + 1), zeros(formats.MAX_CODE + 1)
+        return _Found(zeros(3, np.float64), offsets, codes, zeros(1))
+
+    def total(self) -> ScaleErrors:
+        absmax, four_over_six, exact = (math.fsum(self.errors[..., i].flat) for i in range(3))
+        offsets, codes, clipped = (counts.sum(axis=(0, 1)) for counts in self[1:])
+        return ScaleErrors(absmax, four_over_six, exact, offsets, codes, int(clipped[0]))
+
+
+def _tables(global_amax: np.float32) -> tuple[Any, ...]:
+    """What _add_errors takes of a matrix."""
+    amax = np.float64(global_amax)
+    return (
+        formats.amax_by_code(global_amax),
+        formats.scale_by_code(global_amax),
+        formats.E4M3_MAX / amax if amax > 0 else 0.0,
+        np.float64(np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX))),
+    )
 
 
 def total(parts: Sequence[ScaleErrors]) -> ScaleErrors:
@@ -92,49 +136,14 @@ def absmax_code(block_amax: npt.NDArray[Any], global_amax: np.float32) -> npt.ND
     return codes
 
 
-def _errors(
-    blocks: npt.NDArray[Any], code: npt.NDArray[np.uint8], global_amax: np.float32
-) -> list[ScaleErrors]:
-    """Of each chunk of these blocks."""
-    amax = np.float64(global_amax)
-    other = np.float64(np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX)))
-    chunks = -(-len(blocks) // _CHUNK_BLOCKS)
-    sums = np.zeros((chunks, 3))
-    offsets = np.zeros((chunks, 2 * formats.MAX_CODE + 1), np.int64)
-    codes = np.zeros((chunks, formats.MAX_CODE + 1), np.int64)
-    clipped = np.zeros(chunks, np.int64)
-    _add_errors(
-        _CHUNK_BLOCKS,
-        _float32(blocks),
-        code,
-        formats.amax_by_code(global_amax),
-        formats.scale_by_code(global_amax),
-        formats.E4M3_MAX / amax if amax > 0 else 0.0,
-        other,
-        sums,
-        offsets,
-        codes,
-        clipped,
-    )
-    return [
-        ScaleErrors(float(s[0]), float(s[1]), float(s[2]), offsets[i], codes[i], int(clipped[i]))
-        for i, s in enumerate(sums)
-    ]
-
-
-def _float32(blocks: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    if blocks.dtype == ml_dtypes.bfloat16:  # whose own conversion keeps other threads waiting
-        return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    return blocks.astype(np.float32)
-
-
 # --- Numba ----------------------------------------------------------------------------------------------
 
 
 def _jit(*signature: str) -> Any:
     njit: Any = numba.njit  # whose types know no star
     # Sums may be reordered, and by that take vectors; nothing else that fastmath stands for.
-    return njit(*signature, nogil=True, cache=bool(signature), error_model="numpy", fastmath={"reassoc"})
+    options = {"nogil": True, "cache": bool(signature), "error_model": "numpy", "fastmath": {"reassoc"}}
+    return njit(list(signature) or None, **options)
 
 
 @_jit()
@@ -159,12 +168,12 @@ def _nearest_codes(values):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def _squared_error(elements, scale):  # type: ignore[no-untyped-def]
+def _squared_error(magnitudes, scale):  # type: ignore[no-untyped-def]
     """sum_i min_q (|w_i| - q scale)^2 over the E2M1 points q."""
     inverse = 1 / scale if scale > 0 else 0.0
     error = 0.0
-    for i in range(len(elements)):
-        w = np.float64(abs(elements[i]))
+    for i in range(len(magnitudes)):
+        w = np.float64(magnitudes[i])
         ratio = w * inverse
         # Neighbours among the E2M1 points are 0.5 apart below 2, 1 apart below 4, 2 apart up to 6.
         spacing = 0.5 if ratio < 2 else (1.0 if ratio < 4 else 2.0)
@@ -174,33 +183,45 @@ def _squared_error(elements, scale):  # type: ignore[no-untyped-def]
     return error
 
 
-@_jit(
-    "void(int64, float32[:,::1], uint8[::1], float32[::1], float32[::1], "
-    "float64, float64, float64[:,::1], int64[:,::1], int64[:,::1], int64[::1])"
+_ADDED = (
+    "boolean, uint8[::1], float32[::1], float32[::1], float64, float64, "
+    "float64[:,::1], int64[:,::1], int64[:,::1], int64[:,::1]"
 )
+
+
+@_jit(f"void(int64, uint16[:,::1], {_ADDED})", f"void(int64, uint32[:,::1], {_ADDED})")
 def _add_errors(  # type: ignore[no-untyped-def]
-    chunk_blocks, blocks, code, amax_by_code, scale_by_code, ratio, four_over_six_scale,
-    sums, offsets, codes, clipped,
+    chunk_blocks, blocks, is_float16, code, amax_by_code, scale_by_code, ratio, four_over_six_scale,
+    errors, offsets, codes, clipped,
 ):  # fmt: skip
-    """Fill `sums` with each chunk's errors at absmax, by 4/6, at `code`; the rest are counts."""
-    for chunk in range(len(sums)):
-        absmax, four_over_six, exact = 0.0, 0.0, 0.0
-        first = chunk * chunk_blocks
-        for block in range(first, min(first + chunk_blocks, len(blocks))):
-            elements = blocks[block]
-            largest = np.float32(0)
-            for i in range(len(elements)):
-                largest = max(largest, abs(elements[i]))
-            usual, chosen = _nearest_code(largest * ratio), code[block]
-            absmax += _squared_error(elements, np.float64(scale_by_code[usual]))
-            exact += _squared_error(elements, np.float64(scale_by_code[chosen]))
-            at_six, at_four = 0.0, 0.0
-            if four_over_six_scale > 0:
-                scaled = largest / four_over_six_scale
-                at_six = _E4M3_VALUES[_nearest_code(scaled / 6)] * four_over_six_scale
-                at_four = _E4M3_VALUES[_nearest_code(scaled / 4)] * four_over_six_scale
-            four_over_six += min(_squared_error(elements, at_six), _squared_error(elements, at_four))
-            offsets[chunk, np.int64(chosen) - usual + 126] += 1
-            codes[chunk, chosen] += 1
-            clipped[chunk] += largest > amax_by_code[chosen]
-        sums[chunk] = absmax, four_over_six, exact
+    """Add what is found of the blocks, given by their bits, to what there is of their chunks."""
+    magnitudes = np.empty(blocks.shape[1], np.float32)
+    bits = magnitudes.view(np.uint32)
+    mask = np.uint32(0x7FFF if blocks.itemsize == 2 else 0x7FFFFFFF)
+    shift = np.uint32(0 if blocks.itemsize == 4 else (13 if is_float16 else 16))
+    # A float16's exponent counts from 15, a float32's from 127.
+    unit = np.float32(2.0**112 if is_float16 else 1.0)
+    for block in range(len(blocks)):
+        largest = np.float32(0)
+        for i in range(len(bits)):
+            bits[i] = (np.uint32(blocks[block, i]) & mask) << shift
+        for i in range(len(bits)):
+            magnitudes[i] *= unit
+            largest = max(largest, magnitudes[i])
+        chunk = block // chunk_blocks
+        usual, chosen = _nearest_code(largest * ratio), code[block]
+        absmax = _squared_error(magnitudes, np.float64(scale_by_code[usual]))
+        exact = absmax
+        if chosen != usual:
+            exact = _squared_error(magnitudes, np.float64(scale_by_code[chosen]))
+        at_six, at_four = 0.0, 0.0
+        if four_over_six_scale > 0:
+            scaled = largest / four_over_six_scale
+            at_six = _E4M3_VALUES[_nearest_code(scaled / 6)] * four_over_six_scale
+            at_four = _E4M3_VALUES[_nearest_code(scaled / 4)] * four_over_six_scale
+        errors[chunk, 0] += absmax
+        errors[chunk, 1] += min(_squared_error(magnitudes, at_six), _squared_error(magnitudes, at_four))
+        errors[chunk, 2] += exact
+        offsets[chunk, np.int64(chosen) - usual + 126] += 1
+        codes[chunk, chosen] += 1
+        clipped[chunk, 0] += largest > amax_by_code[chosen]
