@@ -21,7 +21,7 @@ from nvfp4sweep.cpu import n_cores
 FOUR_OVER_SIX_E4M3_MAX = 256.0
 
 _CHUNK_BLOCKS = 4096  # whose errors are added up by themselves
-_TASKS_A_CORE = 4
+_LEAST_CHUNKS = 16  # a task, of some milliseconds
 
 _E4M3_VALUES = formats.E4M3_VALUES  # a constant to Numba
 
@@ -77,10 +77,12 @@ def scale_errors(
             *(array[i, chunks] for array in found),
         )
 
-    # Few tasks for each thread: between tasks they wait for each other in the interpreter.
-    step = max(1, matrices * chunks // (_TASKS_A_CORE * n_cores()))
-    with ThreadPoolExecutor(n_cores()) as pool:
-        list(pool.map(add, [(i, start) for i in range(matrices) for start in range(0, chunks, step)]))
+    # A thread has one task: to start them, and to wait for each other in the interpreter, takes them longer
+    # than the work where they have many.
+    step = max(_LEAST_CHUNKS, -(-chunks // n_cores()))
+    places = [(i, start) for i in range(matrices) for start in range(0, chunks, step)]
+    with ThreadPoolExecutor(min(n_cores(), max(1, len(places)))) as pool:
+        list(pool.map(add, places))
     return found.total()
 
 
