@@ -10,7 +10,7 @@ from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
 
 # Of Llama 3.1 8B.
 _HIDDEN, _INTERMEDIATE, _KEYS, _VOCABULARY = 4096, 14336, 1024, 128256
-_LAYERS_A_SHARD = 2  # processes share shards: fewer would leave some idle
+_LAYERS_A_SHARD = 1  # processes share shards: fewer would leave some idle
 _POOL = 2**27  # elements, of which all weights are cut
 
 

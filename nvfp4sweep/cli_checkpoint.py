@@ -107,8 +107,14 @@ def torch_engine(device: str) -> quantizer.Engine:
         found = package.quantize(
             to_torch(matrix, device), global_amax=float(amax), importance=weighing, min_code=min_code
         )
-        scale = found.scale.view(torch.uint8).cpu().numpy()
-        return quantizer.Packed(found.packed.cpu().numpy(), scale, found.global_scale.cpu().numpy())
+        return quantizer.Packed(
+            to_host(found.packed), to_host(found.scale.view(torch.uint8)), to_host(found.global_scale)
+        )
+
+    def to_host(tensor: Any) -> npt.NDArray[Any]:
+        # New memory would be mapped page by page as it is written to: PyTorch keeps pinned memory for reuse.
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        return host.copy_(tensor).numpy()  # type: ignore[no-any-return]
 
     return run
 
