@@ -1,4 +1,4 @@
-"""docs/benchmarks.md, docs/objectives.md and their plots from the ledger: no figure in them is typed by hand.
+"""docs/benchmarks.md, scaling.md, objectives.md and their plots from the ledger: no figure is typed by hand.
 
 python -m benchmarks.report            write them
 python -m benchmarks.report --check    exit code 1 if a page is not what the ledger gives
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import ledger, report_objectives
+from benchmarks import ledger, report_objectives, report_scaling
 from benchmarks.report_cuda import cuda, cuda_objectives
 from benchmarks.report_jax import jax
 from benchmarks.report_scale import checkpoint, many, ranks
@@ -17,6 +17,7 @@ from benchmarks.report_tables import CALLS, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PLOT = PAGE.with_suffix(".svg")
+SCALING_PAGE = PAGE.with_name("scaling.md")
 OBJECTIVES_PAGE = PAGE.with_name("objectives.md")
 OBJECTIVES_PLOT = OBJECTIVES_PAGE.with_suffix(".svg")
 
@@ -92,11 +93,14 @@ def _draw(sizes: list[dict[str, Any]]) -> None:
 def main() -> None:
     entries = ledger.entries()
     newest = {entry["benchmark"]: entry for entry in entries}
-    pages = {PAGE: page(newest, [entry for entry in entries if entry["benchmark"] == "cuda_ranks"])}
+    of_ranks = [entry for entry in entries if entry["benchmark"] == "cuda_ranks"]
+    pages = {PAGE: page(newest, of_ranks)}
     plots: dict[Path, Callable[[], None]] = {}
     sizes = newest.get("cuda", {}).get("sizes")
     if sizes:
         plots[PLOT] = lambda: _draw(sizes)
+    if {"cuda", "checkpoint_cuda"} <= newest.keys() and of_ranks:
+        pages[SCALING_PAGE] = report_scaling.page(of_ranks, newest["checkpoint_cuda"], newest["cuda"])
     if "objectives" in newest:
         entry = newest["objectives"]
         pages[OBJECTIVES_PAGE] = report_objectives.page(entry, OBJECTIVES_PLOT.name)

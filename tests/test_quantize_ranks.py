@@ -6,8 +6,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 from safetensors.numpy import save_file
 from test_quantize_checkpoint import contents
 
-from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
+from nvfp4sweep.checkpoint.quantizer import STAGES, quantize_checkpoint
 
 _LIMIT = 120  # seconds
 
@@ -69,6 +71,45 @@ def start(model: Path, out: Path, size: int, **variables: str) -> list[subproces
         )
         for rank in range(size)
     ]  # fmt: skip
+
+
+class ThreadRanks:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, given: list[object]) -> None:
+        self.rank, self.size = rank, size
+        self._barrier, self._given = barrier, given
+
+    def gather(self, mine: object) -> list[object]:
+        self._given[self.rank] = mine
+        self._barrier.wait()
+        found = list(self._given)
+        self._barrier.wait()
+        return found
+
+
+@pytest.mark.parametrize("size", [3, 7])
+def test_a_rank_writes_what_it_has_read(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, size: int
+) -> None:
+    """A host then has it in memory. With fewer shards than ranks, all still take part in the first pass."""
+    barrier, given = threading.Barrier(size, timeout=_LIMIT), [None] * size
+    read: list[dict[str, set[str]]] = [{stage: set() for stage in STAGES} for _ in range(size)]
+
+    def work(rank: int) -> None:
+        quantize_checkpoint(
+            model, tmp_path / "out", ranks=ThreadRanks(rank, size, barrier, given),
+            advance=lambda stage, tensor: read[rank][stage].add(tensor.name),
+        )  # fmt: skip
+
+    with ThreadPoolExecutor(size) as pool:
+        list(pool.map(work, range(size)))
+    assert contents(tmp_path / "out") == whole
+    if size == 3:
+        assert all(mine["amax"] == mine["quantize"] for mine in read)
+    assert all(mine["amax"] for mine in read)
+    for stage in STAGES:
+        assert sum(len(mine[stage]) for mine in read) == 15
 
 
 def outputs(processes: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:

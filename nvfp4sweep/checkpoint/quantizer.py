@@ -199,7 +199,7 @@ class Job:
         """The largest magnitude of each weight, or of each expert of a stack; none of those to skip."""
         kept = folder.interim()
         if kept is None:
-            mine = share(self.selection.plan.tensors, self._checkpoint.n_bytes, self._ranks)
+            mine = self._to_search()
             everybody = together(self._ranks, lambda: self._find_amaxes(mine))
             found = {name: amax for part in everybody for name, amax in part.items()}
             kept = {
@@ -213,6 +213,26 @@ class Job:
             for tensor in self.selection.plan.tensors:
                 self._advance("amax", tensor)
         return {name: np.asarray(value, np.float32) for name, value in kept.items()}
+
+    def _to_search(self) -> list[TensorInfo]:
+        """The weights whose amaxes this process finds.
+
+        Those of the shards that it will write: its host then has them in memory. Of any shards where there
+        are not enough for all processes.
+        """
+        weights, shards = self.selection.plan.tensors, list(self.selection.shards)
+        if len(shards) < self._ranks.size:
+            return share(weights, self._checkpoint.n_bytes, self._ranks)
+        mine = set(self._to_write(shards))
+        return [tensor for tensor in weights if tensor.file.name in mine]
+
+    def _to_write(self, shards: Sequence[str]) -> list[str]:
+        """This process's part of them."""
+
+        def n_bytes(file: str) -> int:
+            return sum(map(self._checkpoint.n_bytes, self.selection.shards[file]))
+
+        return share(shards, n_bytes, self._ranks)
 
     def _find_amaxes(self, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
         def find(tensor: TensorInfo, weight: Array) -> Any:
@@ -239,18 +259,14 @@ class Job:
         chosen: set[str],
         amaxes: dict[str, Array],
     ) -> None:
-        there = [
-            file for file in self.selection.shards if (folder.checkpoint / file).exists()
-        ]  # since an interruption
+        # Since an interruption.
+        there = [file for file in self.selection.shards if (folder.checkpoint / file).exists()]
         there = self._ranks.gather(there)[0]
         for file in there:
             for tensor in self.selection.shards[file]:
                 if tensor.name in chosen:
                     self._advance("quantize", tensor)
-        missing = [file for file in self.selection.shards if file not in there]
-        mine = share(
-            missing, lambda file: sum(map(self._checkpoint.n_bytes, self.selection.shards[file])), self._ranks
-        )
+        mine = self._to_write([file for file in self.selection.shards if file not in there])
 
         def write() -> None:
             weights = [
