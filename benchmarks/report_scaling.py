@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 from benchmarks.checkpoint_model import shards as benchmark_shards
@@ -23,22 +24,23 @@ _RESOURCES = {
 
 _GPUS_A_HOST = 8
 _HOSTS = (1, 8)
-_SHARD_BYTES = 5e9  # the largest file that transformers saved by default until version 5
+# The largest file that transformers saves by default: before version 5, and since.
+_SHARD_BYTES, _LARGE_SHARD_BYTES = 5e9, 50e9
 #: Bytes a second that a file system gives each host: reading, writing. None is the measured disk's.
 _STORAGE = {
     "the disk as measured": None,
     "10 GB/s reading, 5 GB/s writing": (10 * _GB, 5 * _GB),
 }
-#: Of one host with a network of 100 Gbit/s, to and from object storage.
+#: Of one host with a network of 100 Gbit/s.
 _OBJECT_STORAGE = 8.0 * _GB
 _OBJECT_STORAGE_SOURCE = "https://github.com/dvassallo/s3-benchmark"
 
 
-def _files(tensors: Iterable[Tensor]) -> list[Shard]:
-    """Shards of at most _SHARD_BYTES, in the order of the tensors."""
+def _files(tensors: Iterable[Tensor], most: float = _SHARD_BYTES) -> list[Shard]:
+    """Shards of at most so many bytes, in the order of the tensors."""
     files: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if files[-1] and sum(t.n_bytes for t in files[-1]) + tensor.n_bytes > _SHARD_BYTES:
+        if files[-1] and sum(t.n_bytes for t in files[-1]) + tensor.n_bytes > most:
             files.append([])
         files[-1].append(tensor)
     return [tuple(file) for file in files]
@@ -140,12 +142,14 @@ Assumed, beside the rates measured above:
 - hosts of {gpus} GPUs and a process for each, which has cores and memory bandwidth of its own for its amaxes and
   reports, as one process of the measured host had ({host}, {devices} GPUs);
 - one file system that all hosts see, and that gives each of them these rates however many they are;
-- bfloat16 input in shards of {shard:.0f} GB. 70B has the shapes of Llama 3, {files_70b} shards. 1T has the experts and the
-  vocabulary of Kimi K2, {files_1t} shards; 16 experts count as one tensor. Ranks beyond the number of shards write none;
+- bfloat16 input in shards of {shard:.0f} GB. 70B has the shapes of Llama 3 70B, {files_70b} shards. 1T has the experts and
+  the vocabulary of Kimi K2 (its config.json: 60 layers of 384 experts, 7168 by 2048), {files_1t} shards; 16 experts count
+  as one tensor. Ranks beyond the number of shards write none: transformers 5 makes shards of {large:.0f} GB unless told
+  otherwise, {files_large} of the 70B;
 - a host keeps in memory what it has read in the first pass; but not 1T on one host, which reads all of it twice;
-- object storage: {object_storage:.1f} GB/s a host, either way, as <{source}>
-  found on a host with a network of 100 Gbit/s. The command needs a file system that can seek and rename: the input is
-  copied to one before, the output from it after, by the same hosts, and nothing overlaps.
+- object storage: {object_storage:.1f} GB/s a host, which <{source}> found for downloads
+  to a host with a network of 100 Gbit/s; uploads are taken to be as fast. The command needs a file system that can seek
+  and rename: the input is copied to one before, the output from it after, by the same hosts, and nothing overlaps.
 """  # noqa: E501
 
 
@@ -322,6 +326,8 @@ def _projections(entry: Row) -> str:
         shard=_SHARD_BYTES / _GB,
         files_70b=len(models["70B"]),
         files_1t=len(models["1T"]),
+        large=_LARGE_SHARD_BYTES / _GB,
+        files_large=len(_files(chain(*models["70B"]), _LARGE_SHARD_BYTES)),
         object_storage=_OBJECT_STORAGE / _GB,
         source=_OBJECT_STORAGE_SOURCE,
     )
