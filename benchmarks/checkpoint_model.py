@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -9,25 +10,37 @@ import numpy.typing as npt
 
 from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
 
-# Of Llama 3.1 8B.
-_HIDDEN, _INTERMEDIATE, _KEYS, _VOCABULARY = 4096, 14336, 1024, 128256
+
+class Llama(NamedTuple):
+    """The sizes of one; `keys` is the outputs of k_proj and of v_proj."""
+
+    hidden: int
+    intermediate: int
+    keys: int
+    vocabulary: int
+
+
+LLAMA_70B = Llama(8192, 28672, 1024, 128256)
+_LLAMA_8B = Llama(4096, 14336, 1024, 128256)
 _LAYERS_A_SHARD = 1  # processes share shards: fewer would leave some idle
 _ITEM_BYTES = 2
 _POOL = 2**27  # elements, of which all weights are cut
 
 
-def _layer(i: int) -> dict[str, tuple[int, ...]]:
+def layer_of(model: Llama, i: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of a layer's tensors, by name."""
+    hidden, intermediate, keys, _ = model
     attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
     return {
-        f"{attention}q_proj.weight": (_HIDDEN, _HIDDEN),
-        f"{attention}k_proj.weight": (_KEYS, _HIDDEN),
-        f"{attention}v_proj.weight": (_KEYS, _HIDDEN),
-        f"{attention}o_proj.weight": (_HIDDEN, _HIDDEN),
-        f"{mlp}gate_proj.weight": (_INTERMEDIATE, _HIDDEN),
-        f"{mlp}up_proj.weight": (_INTERMEDIATE, _HIDDEN),
-        f"{mlp}down_proj.weight": (_HIDDEN, _INTERMEDIATE),
-        f"model.layers.{i}.input_layernorm.weight": (_HIDDEN,),
-        f"model.layers.{i}.post_attention_layernorm.weight": (_HIDDEN,),
+        f"{attention}q_proj.weight": (hidden, hidden),
+        f"{attention}k_proj.weight": (keys, hidden),
+        f"{attention}v_proj.weight": (keys, hidden),
+        f"{attention}o_proj.weight": (hidden, hidden),
+        f"{mlp}gate_proj.weight": (intermediate, hidden),
+        f"{mlp}up_proj.weight": (intermediate, hidden),
+        f"{mlp}down_proj.weight": (hidden, intermediate),
+        f"model.layers.{i}.input_layernorm.weight": (hidden,),
+        f"model.layers.{i}.post_attention_layernorm.weight": (hidden,),
     }
 
 
@@ -37,9 +50,10 @@ def _shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
     for i in range(layers):
         if i % _LAYERS_A_SHARD == 0:
             groups.append({})
-        groups[-1] |= _layer(i)
-    groups[0]["model.embed_tokens.weight"] = (_VOCABULARY, _HIDDEN)
-    groups[-1] |= {"lm_head.weight": (_VOCABULARY, _HIDDEN), "model.norm.weight": (_HIDDEN,)}
+        groups[-1] |= layer_of(_LLAMA_8B, i)
+    embedding = (_LLAMA_8B.vocabulary, _LLAMA_8B.hidden)
+    groups[0]["model.embed_tokens.weight"] = embedding
+    groups[-1] |= {"lm_head.weight": embedding, "model.norm.weight": (_LLAMA_8B.hidden,)}
     return groups
 
 

@@ -5,15 +5,14 @@ python -m benchmarks.report --check    exit code 1 if a page is not what the led
 """
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 from benchmarks import ledger, report_objectives, report_scaling
 from benchmarks.report_cuda import cuda, cuda_objectives
 from benchmarks.report_jax import jax
 from benchmarks.report_scale import checkpoint, many, ranks
-from benchmarks.report_tables import CALLS, objectives, provenance, table
+from benchmarks.report_tables import CALLS, Row, objectives, provenance, table
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PLOT = PAGE.with_suffix(".svg")
@@ -31,7 +30,7 @@ calls that are compared are interleaved in one run. `make benchmark` runs the CP
 """
 
 
-def page(newest: dict[str, dict[str, Any]], of_ranks: Sequence[dict[str, Any]] = ()) -> str:
+def page(newest: dict[str, Row], of_ranks: dict[int, Row] | None = None) -> str:
     parts = [_HEAD]
     if "cuda" in newest:
         parts.append(cuda(newest["cuda"], PLOT.name))
@@ -40,7 +39,7 @@ def page(newest: dict[str, dict[str, Any]], of_ranks: Sequence[dict[str, Any]] =
     if "cuda_many" in newest:
         parts.append(many(newest["cuda_many"]))
     if of_ranks:
-        parts.append(ranks(list(of_ranks)))
+        parts.append(ranks(of_ranks))
     parts += [
         checkpoint(newest[name])
         for name in ("checkpoint_cuda", "checkpoint_cpu")
@@ -52,7 +51,7 @@ def page(newest: dict[str, dict[str, Any]], of_ranks: Sequence[dict[str, Any]] =
     return "\n".join(parts)
 
 
-def _cpu(entry: dict[str, Any]) -> str:
+def _cpu(entry: Row) -> str:
     dtypes = ("float32", "bfloat16")
     lines = [f"## CPU: {entry['device']}", "", provenance(entry), ""]
     lines += [*table({dtype: entry[dtype] for dtype in dtypes}, CALLS), ""]
@@ -70,7 +69,7 @@ def _cpu(entry: dict[str, Any]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _draw(sizes: list[dict[str, Any]]) -> None:
+def _draw(sizes: list[Row]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
@@ -93,7 +92,7 @@ def _draw(sizes: list[dict[str, Any]]) -> None:
 def main() -> None:
     entries = ledger.entries()
     newest = {entry["benchmark"]: entry for entry in entries}
-    of_ranks = [entry for entry in entries if entry["benchmark"] == "cuda_ranks"]
+    of_ranks = {entry["ranks"]: entry for entry in entries if entry["benchmark"] == "cuda_ranks"}
     pages = {PAGE: page(newest, of_ranks)}
     plots: dict[Path, Callable[[], None]] = {}
     sizes = newest.get("cuda", {}).get("sizes")

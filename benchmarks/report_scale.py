@@ -1,10 +1,6 @@
 """The parts of docs/benchmarks.md on many weights, several GPUs and whole checkpoints."""
 
-from typing import Any
-
-from benchmarks.report_tables import plain_table, run, times
-
-Row = dict[str, Any]
+from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape, times
 
 _RANKS = {
     "calibrate": "`calibrate(local, process_group=...)`",
@@ -31,9 +27,8 @@ _PARTS = {
 }
 
 
-def ranks(entries: list[Row]) -> str:
+def ranks(by_number: dict[int, Row]) -> str:
     """Of the newest run for each number of ranks."""
-    by_number = {entry["ranks"]: entry for entry in entries}
     numbers = sorted(by_number)
     first = by_number[numbers[0]]["wall"]
     cells = {
@@ -45,16 +40,12 @@ def ranks(entries: list[Row]) -> str:
         for name, text in _RANKS.items()
     }
     newest = by_number[numbers[-1]]
-    shape = "x".join(map(str, newest["shape"]))
     same = len({entry["checksum"] for entry in by_number.values()}) == 1
-    head = [
-        "call to result, on the slowest rank",
-        *(f"{n} GPU{'s' * (n > 1)}: ms, speed-up" for n in numbers),
-    ]
+    head = ["call to result, on the slowest rank", *by_gpus(numbers, "ms, speed-up")]
     return "\n".join(
         [
             f"## Ranks: {newest['device']}", "",
-            f"One weight {shape}, {newest['dtype']}, sharded by rows; NCCL. Of {run(newest)}.", "",
+            f"One weight {shape(newest)}, {newest['dtype']}, sharded by rows; NCCL. Of {run(newest)}.", "",
             *plain_table(head, cells), "",
             f"The codes have {'one checksum' if same else 'different checksums'}, whatever the number; of"
             f" {newest['blocks_compared']:,} blocks they were compared with the oracle's before.", "",
@@ -73,12 +64,12 @@ def many(entry: Row) -> str:
         ]
         for name, text in _MANY.items()
     }
-    shape = "x".join(map(str, entry["shape"]))
     head = ["", "weights", "ms", "10^9 elements a second", "of the stacked tensor's"]
     return "\n".join(
         [
             f"## Many weights: {entry['device']}", "",
-            f"Weights {shape}, {entry['dtype']}, each with its own amax and check. Of {run(entry)}.", "",
+            f"Weights {shape(entry)}, {entry['dtype']}, each with its own amax and check."
+            f" Of {run(entry)}.", "",
             *plain_table(head, cells), "",
             f"Compared before: {entry['blocks_equal_to_cpu']:,} blocks with the CPU engine's,"
             f" {entry['blocks_equal_to_stacked']:,} with those of the stacked tensor.", "",

@@ -2,15 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import chain
-from typing import Any
 
+from benchmarks.checkpoint_model import LLAMA_70B, layer_of
 from benchmarks.checkpoint_model import shards as benchmark_shards
-from benchmarks.report_tables import plain_table, run, shape
+from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape
 from benchmarks.scaling import Cluster, Rates, Shard, Spent, Tensor, faster, simulate
-
-Row = dict[str, Any]
 
 _GB = 1e9
 _RESOURCES = {
@@ -51,15 +49,10 @@ def _matrix(rows: int, columns: int, *, of: int = 1, quantized: bool = True) -> 
 
 
 def _llama_70b() -> list[Shard]:
-    """Llama 3 70B."""
-    hidden, intermediate, keys, vocabulary, layers = 8192, 28672, 1024, 128256, 80
-    layer = [
-        *[_matrix(hidden, hidden)] * 2,
-        *[_matrix(keys, hidden)] * 2,
-        *[_matrix(intermediate, hidden)] * 3,
-    ]
-    embedding = _matrix(vocabulary, hidden, quantized=False)
-    return _files([embedding, *layer * layers, embedding])
+    """Llama 3 70B; what is small beside its matrices is left out."""
+    layer = [_matrix(*shape) for shape in layer_of(LLAMA_70B, 0).values() if len(shape) == 2]
+    embedding = _matrix(LLAMA_70B.vocabulary, LLAMA_70B.hidden, quantized=False)
+    return _files([embedding, *layer * 80, embedding])
 
 
 def _experts_1t() -> list[Shard]:
@@ -153,9 +146,8 @@ Assumed, beside the rates measured above:
 """  # noqa: E501
 
 
-def page(of_ranks: Sequence[Row], checkpoint: Row, cuda: Row) -> str:
-    """Of the newest runs of cuda_ranks, checkpoint_cuda and cuda."""
-    by_number = {entry["ranks"]: entry for entry in of_ranks if "wall_in_a_row" in entry}
+def page(by_number: dict[int, Row], checkpoint: Row, cuda: Row) -> str:
+    """Of the newest runs of cuda_ranks by their number, of checkpoint_cuda and cuda."""
     sweep = by_number[1]["wall_in_a_row"]["sweep"]["p50_ms"] / 1e3
     search = 2 * math.prod(by_number[1]["shape"]) / sweep
     parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint, search)]
@@ -173,7 +165,7 @@ def _sweeps(by_number: dict[int, Row]) -> str:
             cells[f"{text}, {how}"] = [
                 f"{ms:.3f} ms, {1e9 * ms / n_bytes:.3f}, {times[0] / ms:.2f}" for ms in times
             ]
-    table = plain_table(_columns(numbers, "a call, ps a byte, speed-up"), cells)
+    table = plain_table(["", *by_gpus(numbers, "a call, ps a byte, speed-up")], cells)
     return _SWEEPS.format(device=first["device"], shape=shape(first), run=run(newest), table="\n".join(table))
 
 
@@ -194,17 +186,14 @@ def _experts(by_number: dict[int, Row]) -> str:
         ]
         for text, name in forms.items()
     }
+    head = ["", *by_gpus(numbers, "a layer; rate of a GPU to one GPU's stack")]
     same = len({by_number[n]["experts_checksum"] for n in numbers}) == 1
     return _EXPERTS.format(
         experts=first["experts"],
         shape="x".join(map(str, first["expert_shape"])),
         same="the same bytes" if same else "DIFFERENT BYTES",
-        table="\n".join(plain_table(_columns(numbers, "a layer; rate of a GPU to one GPU's stack"), cells)),
+        table="\n".join(plain_table(head, cells)),
     )
-
-
-def _columns(numbers: Iterable[int], text: str) -> list[str]:
-    return ["", *(f"{n} GPU{'s' * (n > 1)}: {text}" for n in numbers)]
 
 
 def _rates(entry: Row) -> Rates:

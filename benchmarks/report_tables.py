@@ -1,5 +1,6 @@
 """Markdown tables of times, and what each measured name means."""
 
+from collections.abc import Iterable
 from typing import Any
 
 Row = dict[str, Any]
@@ -85,6 +86,11 @@ def ratio(row: Row, over: str, under: str) -> str:
 
 def shape(entry: Row) -> str:
     return "x".join(map(str, entry["shape"]))
+
+
+def by_gpus(numbers: Iterable[int], text: str) -> list[str]:
+    """A column for each number of GPUs."""
+    return [f"{n} GPU{'s' * (n > 1)}: {text}" for n in numbers]
 
 
 def versions(entry: Row) -> str:

@@ -17,9 +17,8 @@ from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
 from nvfp4sweep.checkpoint.reader import Checkpoint
 from nvfp4sweep.checkpoint.report import saving
-from nvfp4sweep.checkpoint.rescaler import check_groups
 from nvfp4sweep.checkpoint.rescaler import rescale_groups as rescale
-from nvfp4sweep.checkpoint.settings import Settings
+from nvfp4sweep.checkpoint.settings import Settings, check_patterns
 from nvfp4sweep.checkpoint.verifier import Errors, Verifier
 from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_devices, to_torch
 from nvfp4sweep.cli_ranks import device_of_rank, ranks_of_environment
@@ -46,7 +45,7 @@ def quantize(
         Path | None,
         typer.Option(metavar="FILE", help="Importances of inputs: safetensors by tensor name, GGUF imatrix."),
     ] = None,
-    min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = 1,
+    min_code: Annotated[int, typer.Option(help="Lowest code of a block scale: 8 for Marlin.")] = MIN_CODE,
     scale_max: Annotated[float, typer.Option(help="Largest block scale: 256 leaves headroom.")] = 448,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse a K that 16 does not divide.")] = False,
     skip_bad: Annotated[
@@ -153,7 +152,7 @@ def rescale_groups(
     _check_min_code(min_code)
     groups = group or []
     with refusing("--group", ValueError):
-        check_groups(groups)
+        check_patterns("groups", groups)
     with refusing("DIR OUT", ValueError, OSError), progress_bars() as progress:
         checkpoint = Checkpoint(source)
         advance = add_bar(progress, "rescale", checkpoint, checkpoint.tensors)

@@ -135,11 +135,15 @@ def _checked(
             f"axis {axis} of a weight of shape {shape} has length {shape[axis]}, "
             f"which block_size={block_size} does not divide"
         )
-    if not MIN_CODE <= min_code <= MAX_CODE:
-        raise ValueError(f"min_code={min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
+    check_min_code(min_code)
     if objective == "hessian" and block_size != BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must be {BLOCK_SIZE} with a hessian")
     return Problem(shape, axis, block_size, batch_dims, min_code, objective)
+
+
+def check_min_code(min_code: int) -> None:
+    if not MIN_CODE <= min_code <= MAX_CODE:
+        raise ValueError(f"min_code={min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
 
 
 def check_packable(problem: Problem) -> None:

@@ -62,6 +62,7 @@ def scale_errors(
     codes = code.reshape(matrices, -1)
     amaxes = global_amax.reshape(matrices)
     chunks = -(-bits.shape[1] // _CHUNK_BLOCKS)
+    tables = [_tables(amax) for amax in amaxes]
     found = _Found.of(matrices, chunks)
 
     def add(place: tuple[int, int]) -> None:
@@ -73,7 +74,7 @@ def scale_errors(
             bits[i, blocks],
             weight.dtype == np.float16,
             codes[i, blocks],
-            *_tables(amaxes[i]),
+            *tables[i],
             *(array[i, chunks] for array in found),
         )
 
@@ -110,13 +111,17 @@ class _Found(NamedTuple):
 
 def _tables(global_amax: np.float32) -> tuple[Any, ...]:
     """What _add_errors takes of a matrix."""
-    amax = np.float64(global_amax)
     return (
         formats.amax_by_code(global_amax),
         formats.scale_by_code(global_amax),
-        formats.E4M3_MAX / amax if amax > 0 else 0.0,
+        _ratio(global_amax),
         np.float64(np.float32(global_amax / np.float32(formats.E2M1_MAX * FOUR_OVER_SIX_E4M3_MAX))),
     )
+
+
+def _ratio(global_amax: np.float32) -> float:
+    """From a block's amax to its scale by absmax, among the values of E4M3."""
+    return float(formats.E4M3_MAX / np.float64(global_amax)) if global_amax > 0 else 0.0
 
 
 def total(parts: Sequence[ScaleErrors]) -> ScaleErrors:
@@ -132,8 +137,7 @@ def total(parts: Sequence[ScaleErrors]) -> ScaleErrors:
 
 def absmax_code(block_amax: npt.NDArray[Any], global_amax: np.float32) -> npt.NDArray[np.uint8]:
     """The E4M3 codes nearest to block_amax / global_amax * 448, ties to even, within 1 .. 126."""
-    ratio = formats.E4M3_MAX / np.float64(global_amax) if global_amax > 0 else 0.0
-    flat = np.ascontiguousarray(block_amax, np.float64).reshape(-1) * ratio
+    flat = np.ascontiguousarray(block_amax, np.float64).reshape(-1) * _ratio(global_amax)
     codes: npt.NDArray[np.uint8] = _nearest_codes(flat).reshape(block_amax.shape)
     return codes
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nvfp4sweep.checkpoint.folders import CONFIG_NAME, copy_others, read_json
+from nvfp4sweep.checkpoint.folders import CONFIG_NAME, copy_others, read_json, write_index
 from nvfp4sweep.checkpoint.layouts import Json, Layout
 from nvfp4sweep.checkpoint.plan import FLOAT_DTYPES
-from nvfp4sweep.checkpoint.reader import INDEX_NAME, CheckpointError, TensorInfo
+from nvfp4sweep.checkpoint.reader import CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.rewriter import Advance, Change, Entries, open_sound, rewrite, work_folder
 from nvfp4sweep.checkpoint.verifier import Verifier, matches
 from nvfp4sweep.checkpoint.writer import Entry, write_json
@@ -74,10 +74,7 @@ def convert_checkpoint(
 
     def write_others(folder: Path, entries: Entries) -> None:
         copy_others(source, folder, {*entries, *before.other_files([], scheme.with_input)})
-        if len(entries) > 1 or (source / INDEX_NAME).exists():
-            n_bytes = sum(entry.n_bytes for shard in entries.values() for entry in shard)
-            weight_map = {entry.name: file for file, shard in entries.items() for entry in shard}
-            write_json(folder / INDEX_NAME, {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
+        write_index(source, folder, entries)
         _write_scheme(folder, config, layout, scheme)
 
     rewrite(verifier.checkpoint, folder, changes, write_others, advance)

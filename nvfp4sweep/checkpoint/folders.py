@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvfp4sweep.checkpoint.reader import INDEX_NAME, CheckpointError
-from nvfp4sweep.checkpoint.writer import write_json
+import nvfp4sweep
+from nvfp4sweep.checkpoint.reader import INDEX_NAME, Checkpoint, CheckpointError
+from nvfp4sweep.checkpoint.writer import Entry, write_json
 
 CONFIG_NAME = "config.json"
 
@@ -77,6 +79,13 @@ class WorkFolder:
         self._path.rmdir()
 
 
+def state_of(checkpoint: Checkpoint, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What a job's result depends on, as JSON has it: arguments, the files that it reads, and the version."""
+    files = {name: identity(tensors[0].file) for name, tensors in checkpoint.shards.items()}
+    state = arguments | {"version": nvfp4sweep.__version__, "files": files}
+    return json.loads(json.dumps(state))  # type: ignore[no-any-return]
+
+
 def check_apart(source: Path, target: Path) -> None:
     """
     Raises:
@@ -129,6 +138,14 @@ def copy_others(source: Path, target: Path, shards: set[str]) -> None:
         if path.is_file() and str(relative) not in written:
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
+
+
+def write_index(source: Path, target: Path, entries: Mapping[str, Sequence[Entry]]) -> None:
+    """The index of these shards, where they are several, or the input has one."""
+    if len(entries) > 1 or (source / INDEX_NAME).exists():
+        n_bytes = sum(entry.n_bytes for shard in entries.values() for entry in shard)
+        weight_map = {entry.name: file for file, shard in entries.items() for entry in shard}
+        write_json(target / INDEX_NAME, {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
 
 
 def _sync(folder: Path) -> None:

@@ -17,12 +17,12 @@ import numpy.typing as npt
 
 import nvfp4sweep
 from nvfp4sweep.checkpoint.baselines import scale_errors
-from nvfp4sweep.checkpoint.folders import CONFIG_NAME, WorkFolder, check_apart, copy_others
+from nvfp4sweep.checkpoint.folders import CONFIG_NAME, WorkFolder, check_apart, copy_others, write_index
 from nvfp4sweep.checkpoint.pipeline import ahead
 from nvfp4sweep.checkpoint.plan import Matrix, matrices
 from nvfp4sweep.checkpoint.quality import Quality, write_quality
 from nvfp4sweep.checkpoint.ranks import ALONE, Ranks, share, together
-from nvfp4sweep.checkpoint.reader import INDEX_NAME, TensorInfo
+from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.checkpoint.report import batch_dims, naming
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.settings import Settings
@@ -350,10 +350,7 @@ class Job:
         """Everything but the weights; the configuration last."""
         target = folder.checkpoint
         copy_others(self.selection.source, target, set(self.selection.shards))
-        if len(self.selection.shards) > 1 or (self.selection.source / INDEX_NAME).exists():
-            n_bytes = sum(entry.n_bytes for shard in entries.values() for entry in shard)
-            weight_map = {entry.name: file for file, shard in entries.items() for entry in shard}
-            write_json(target / INDEX_NAME, {"metadata": {"total_size": n_bytes}, "weight_map": weight_map})
+        write_index(self.selection.source, target, entries)
         layout, with_input = self._settings.layout, self._settings.input_scale is not None
         for name, content in layout.other_files(ignored, with_input).items():
             write_json(target / name, content)

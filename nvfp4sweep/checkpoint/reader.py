@@ -1,5 +1,6 @@
 """A safetensors checkpoint on disk: a file, or a folder of shards. Tensors are read one at a time."""
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ class Checkpoint:
             self.tensors = self._header(path)
         else:
             raise CheckpointError(f"{path} does not exist")
+
+    @functools.cached_property
+    def shards(self) -> dict[str, list[TensorInfo]]:
+        """The tensors of each file, by its name."""
+        shards: dict[str, list[TensorInfo]] = {}
+        for tensor in self.tensors:
+            shards.setdefault(tensor.file.name, []).append(tensor)
+        return shards
 
     def read(self, tensor: TensorInfo) -> npt.NDArray[Any]:
         """The tensor, a copy in memory: float32, float16 or bfloat16; float64 becomes float32.

@@ -1,6 +1,5 @@
 """One global scale for layers that runtimes fuse, in a checkpoint where theirs differ."""
 
-import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ from nvfp4sweep.checkpoint.rewriter import (
     unchanged,
     work_folder,
 )
+from nvfp4sweep.checkpoint.settings import check_patterns
 from nvfp4sweep.checkpoint.verifier import Module, Verifier
 from nvfp4sweep.formats import BLOCK_SIZE, E2M1_VALUES, E4M3_VALUES, MAX_CODE, MIN_CODE
+from nvfp4sweep.problem import check_min_code
 
 Codes = npt.NDArray[np.uint8]
 
@@ -88,9 +89,8 @@ def rescale_groups(
         ValueError: an argument is not what it must be.
         OSError: the disk refuses.
     """
-    check_groups(groups)
-    if not MIN_CODE <= min_code <= MAX_CODE:
-        raise ValueError(f"min_code={min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
+    check_patterns("groups", groups)
+    check_min_code(min_code)
     verifier, layout = open_sound(source, target)
     largest = min if layout.reciprocal else max
     changes: dict[str, Change] = {}
@@ -120,18 +120,6 @@ def rescale_groups(
 
     rewrite(verifier.checkpoint, folder, changes, write_others, advance)
     return rescaled
-
-
-def check_groups(groups: Sequence[str]) -> None:
-    """
-    Raises:
-        ValueError: one is not a regular expression.
-    """
-    for pattern in groups:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"groups: {pattern!r} is not a regular expression: {error}") from None
 
 
 def rounded_codes(old: float, new: float, min_code: int = MIN_CODE) -> Codes:

@@ -1,12 +1,10 @@
 """One NVFP4 checkpoint out of another, tensor by tensor: what `convert` and `rescale-groups` share."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nvfp4sweep
-from nvfp4sweep.checkpoint.folders import WorkFolder, check_apart, identity
+from nvfp4sweep.checkpoint.folders import WorkFolder, check_apart, state_of
 from nvfp4sweep.checkpoint.layouts import Layout
 from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.verifier import Verifier
@@ -43,12 +41,7 @@ def open_sound(source: Path, target: Path) -> tuple[Verifier, Layout]:
 
 def work_folder(verifier: Verifier, target: Path, arguments: dict[str, Any]) -> WorkFolder:
     """Where the work goes on that this command began on this input with these arguments."""
-    files = {tensor.file for tensor in verifier.checkpoint.tensors}
-    state = arguments | {
-        "version": nvfp4sweep.__version__,
-        "files": {file.name: identity(file) for file in files},
-    }
-    return WorkFolder(target, json.loads(json.dumps(state)))
+    return WorkFolder(target, state_of(verifier.checkpoint, arguments))
 
 
 def unchanged(checkpoint: Checkpoint, tensor: TensorInfo) -> Entry:
@@ -69,19 +62,16 @@ def rewrite(
         write_others: writes what is no shard into the folder that it is given.
     """
     if not folder.finished:
-        shards: dict[Path, list[TensorInfo]] = {}
-        for tensor in checkpoint.tensors:
-            shards.setdefault(tensor.file, []).append(tensor)
         entries = {}
-        for file, tensors in shards.items():
+        for file, tensors in checkpoint.shards.items():
             new = [changes.get(tensor.name) or Change(unchanged(checkpoint, tensor)) for tensor in tensors]
-            entries[file.name] = [change.entry for change in new]
-            path = folder.checkpoint / file.name
+            entries[file] = [change.entry for change in new]
+            path = folder.checkpoint / file
             if path.exists():  # by an interrupted call
                 for tensor in tensors:
                     advance(tensor)
                 continue
-            with open_shard(path, entries[file.name]) as shard:
+            with open_shard(path, entries[file]) as shard:
                 for tensor, (entry, content) in zip(tensors, new, strict=True):
                     shard.write(entry.name, checkpoint.chunks(tensor) if content is None else [content()])
                     advance(tensor)

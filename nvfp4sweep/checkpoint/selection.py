@@ -1,6 +1,5 @@
 """What is to be done with a model: which tensors become what, which share a scale, what to warn of."""
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import nvfp4sweep
-from nvfp4sweep.checkpoint.folders import identity, read_config
+from nvfp4sweep.checkpoint.folders import read_config, state_of
 from nvfp4sweep.checkpoint.importances import Importances
 from nvfp4sweep.checkpoint.plan import (
     cut_by_tensor_parallelism,
@@ -52,9 +50,7 @@ class Selection:
         self.checkpoint = Checkpoint(source)
         self.importances = None if importance is None else Importances(importance, self.model_type)
         self.plan = make_plan(self.checkpoint.tensors, self._reason_to_skip)
-        self.shards: dict[str, list[TensorInfo]] = {}
-        for tensor in self.checkpoint.tensors:
-            self.shards.setdefault(tensor.file.name, []).append(tensor)
+        self.shards = self.checkpoint.shards
         if not self.plan.tensors:
             raise CheckpointError(f"{source} has no linear weight to quantize")
         if settings.strict and (uneven := self._uneven()):
@@ -63,14 +59,12 @@ class Selection:
 
     def state(self) -> dict[str, Any]:
         """What the result depends on, as JSON has it."""
-        state = {
-            "version": nvfp4sweep.__version__,
+        arguments = {
             "settings": asdict(self.settings) | {"layout": self.settings.layout.name},
             "importance": None if self.importances is None else self.importances.identity(),
             "config": self.config,
-            "files": {file: identity(self.source / file) for file in self.shards},
         }
-        return json.loads(json.dumps(state))  # type: ignore[no-any-return]
+        return state_of(self.checkpoint, arguments)
 
     def shared(self, amaxes: dict[str, Array]) -> dict[str, Array]:
         """The global amaxes to use, from each tensor's own: what the groups share."""

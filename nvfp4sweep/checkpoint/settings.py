@@ -1,10 +1,12 @@
 """What an NVFP4 checkpoint is to be."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nvfp4sweep.checkpoint.layouts import MODELOPT, Layout
-from nvfp4sweep.formats import E4M3_MAX, MAX_CODE, MIN_CODE
+from nvfp4sweep.formats import E4M3_MAX, MIN_CODE
+from nvfp4sweep.problem import check_min_code
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,21 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("include", "exclude", "groups"):
-            for pattern in getattr(self, name):
-                try:
-                    re.compile(pattern)
-                except re.error as error:
-                    raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
+            check_patterns(name, getattr(self, name))
         if self.input_scale is not None and not 0 < self.input_scale < float("inf"):
             raise ValueError(f"input_scale={self.input_scale} must be positive and finite")
-        if not MIN_CODE <= self.min_code <= MAX_CODE:
-            raise ValueError(f"min_code={self.min_code} must lie in {MIN_CODE} .. {MAX_CODE}")
+        check_min_code(self.min_code)
         if not 0 < self.scale_max <= E4M3_MAX:
             raise ValueError(f"scale_max={self.scale_max} must lie in (0, {E4M3_MAX:g}]")
+
+
+def check_patterns(name: str, patterns: Iterable[str]) -> None:
+    """
+    Raises:
+        ValueError: one is not a regular expression; the message begins with `name`.
+    """
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{name}: {pattern!r} is not a regular expression: {error}") from None
