@@ -13,6 +13,7 @@ import nvfp4sweep
 from benchmarks.checkpoint_process import warm_engine
 from nvfp4sweep.checkpoint.baselines import scale_errors
 from nvfp4sweep.checkpoint.selection import Selection
+from nvfp4sweep.cli_checkpoint import empty_for
 
 
 class _Clock:
@@ -65,17 +66,17 @@ def parts(selection: Selection, out: Path, device: str) -> dict[str, float]:
         _copy(selection.source, out.with_name("copy"))
         clock.add("copy")
     shutil.rmtree(out.with_name("copy"))
-    engine = warm_engine(device, weights)
+    engine, empty = warm_engine(device, weights), empty_for(device)
     forget(selection.source)
     with step("read"):
         clock.start()
         for tensor in weights:
-            checkpoint.read(tensor)
+            checkpoint.read(tensor, empty)
         clock.add("read")
     with step("read again, amax, quantize, report"):
         for tensor in weights:
             clock.start()
-            weight = checkpoint.read(tensor)
+            weight = checkpoint.read(tensor, empty)
             clock.add("read_cached")
             amax = np.float32(nvfp4sweep.global_amax(weight))
             clock.add("amax")

@@ -24,7 +24,7 @@ from nvfp4sweep.checkpoint.baselines import scale_errors
 from nvfp4sweep.checkpoint.quantizer import Engine
 from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.checkpoint.selection import Selection
-from nvfp4sweep.cli_checkpoint import torch_engine
+from nvfp4sweep.cli_checkpoint import empty_for, torch_engine
 from nvfp4sweep.cli_common import resolve_devices
 from nvfp4sweep.cli_ranks import device_of_rank, ranks_of_environment
 
@@ -73,7 +73,8 @@ def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
 
 
 def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
-    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage."""
+    """On rank 0 the seconds of the slowest rank, the longest that a rank was at each stage, and of the
+    engines the busiest's and their sum."""
     ranks = ranks_of_environment()
     devices = device_of_rank(resolve_devices(device), ranks)
     watches = [Watch() for _ in devices]
@@ -86,17 +87,23 @@ def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
                 _patch(patches, f"{_LIBRARY}.{name}", stages[stage])
         ranks.gather(None)
         start = time.perf_counter()
-        quantize_checkpoint(source, out, engines=engines, off_cpu=devices != ["cpu"], ranks=ranks)
+        quantize_checkpoint(
+            source,
+            out,
+            engines=engines,
+            off_cpu=devices != ["cpu"],
+            empty=empty_for(devices[0]),
+            ranks=ranks,
+        )
         seconds = time.perf_counter() - start
-    mine = {
-        "seconds": seconds,
-        "engine_seconds": max(watch.seconds for watch in watches),
-        **{f"{stage}_seconds": watch.seconds for stage, watch in stages.items()},
-    }
-    all_ranks = ranks.gather(mine)
+    mine = {"seconds": seconds, **{f"{stage}_seconds": watch.seconds for stage, watch in stages.items()}}
+    all_ranks = ranks.gather((mine, [watch.seconds for watch in watches]))
     if ranks.rank > 0:
         return None
-    return {name: round(max(row[name] for row in all_ranks), 3) for name in mine}
+    of_engines = [engine for _, its_engines in all_ranks for engine in its_engines]
+    found = {name: max(row[name] for row, _ in all_ranks) for name in mine}
+    found |= {"engine_seconds": max(of_engines), "all_engines_seconds": sum(of_engines)}
+    return {name: round(value, 3) for name, value in found.items()}
 
 
 def _patch(patches: ExitStack, name: str, watch: Watch) -> None:

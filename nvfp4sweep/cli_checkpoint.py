@@ -1,5 +1,6 @@
 """The commands that make and check NVFP4 checkpoints."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from nvfp4sweep.checkpoint.converter import convert_checkpoint
 from nvfp4sweep.checkpoint.folders import read_config
 from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
-from nvfp4sweep.checkpoint.reader import Checkpoint
+from nvfp4sweep.checkpoint.reader import Checkpoint, Empty
 from nvfp4sweep.checkpoint.report import saving
 from nvfp4sweep.checkpoint.rescaler import rescale_groups as rescale
 from nvfp4sweep.checkpoint.settings import Settings, check_patterns
@@ -23,6 +24,8 @@ from nvfp4sweep.checkpoint.verifier import Errors, Verifier
 from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_devices, to_torch
 from nvfp4sweep.cli_ranks import device_of_rank, ranks_of_environment
 from nvfp4sweep.formats import MAX_CODE, MIN_CODE
+
+_MOST_PINNED = 2**30  # bytes of a tensor
 
 
 def quantize(
@@ -69,7 +72,8 @@ def quantize(
             LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
             min_code, scale_max, strict, skip_bad,
         )  # fmt: skip
-        job = quantizer.Job(source, target, settings, importance, engines, devices != ["cpu"], ranks)
+        empty = empty_for(devices[0])
+        job = quantizer.Job(source, target, settings, importance, engines, devices != ["cpu"], empty, ranks)
         selection = job.selection
         bars = {
             stage: add_bar(progress, stage, selection.checkpoint, selection.plan.tensors)
@@ -95,6 +99,7 @@ def _print_written(written: quantizer.Written, target: Path) -> None:
 def torch_engine(device: str) -> quantizer.Engine:
     """Searches on this device of PyTorch's."""
     torch, package = require("torch", "--device"), require("nvfp4sweep_torch", "--device")
+    torch.empty(1, device=device)  # else pinned memory would take a context on the first GPU
 
     def run(
         matrix: npt.NDArray[Any],
@@ -116,6 +121,21 @@ def torch_engine(device: str) -> quantizer.Engine:
         return host.copy_(tensor).numpy()  # type: ignore[no-any-return]
 
     return run
+
+
+def empty_for(device: str) -> Empty:
+    """Gives the memory that weights are best read to, for an engine on this device."""
+    return np.empty if device == "cpu" else _pinned_empty
+
+
+def _pinned_empty(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """As numpy.empty; GPUs copy from it by themselves, and PyTorch keeps it for reuse."""
+    n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if n_bytes > _MOST_PINNED:  # PyTorch would round it up to a power of 2
+        return np.empty(shape, dtype)
+    torch = require("torch", "--device")
+    memory: npt.NDArray[Any] = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory.view(dtype).reshape(shape)
 
 
 def convert(

@@ -314,13 +314,13 @@ def test_tensors_in_memory(
     once, twice = set(), set()
     read = Checkpoint.read
 
-    def counted(checkpoint: Checkpoint, tensor: TensorInfo) -> Array:
+    def counted(checkpoint: Checkpoint, tensor: TensorInfo, *empty: Any) -> Array:
         (twice if tensor in once else once).add(tensor)  # in the second pass, or the first
         if len(twice) == most:
             full.set()
         if len(twice) > most:
             beyond.set()
-        return read(checkpoint, tensor)
+        return read(checkpoint, tensor, *empty)
 
     def engine(*arguments: Any) -> quantizer.Packed:
         if not held.is_set():
@@ -524,3 +524,19 @@ def test_torch_engine_is_the_same(model: Path, tmp_path: Path) -> None:
     quantize_checkpoint(model, tmp_path / "a")
     quantize_checkpoint(model, tmp_path / "b", engines=[cli_checkpoint.torch_engine("cpu")] * 2)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("most_pinned", [2**30, 0])
+def test_cuda_is_the_same(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_pinned: int
+) -> None:
+    """On all CUDA devices, from memory of either kind."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    monkeypatch.setattr(cli_checkpoint, "_MOST_PINNED", most_pinned)
+    for device in ("cpu", "cuda"):
+        result = CliRunner().invoke(
+            cli.app, ["quantize", str(model), str(tmp_path / device), "--device", device]
+        )
+        assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "cpu") == contents(tmp_path / "cuda")

@@ -22,7 +22,7 @@ from nvfp4sweep.checkpoint.pipeline import ahead
 from nvfp4sweep.checkpoint.plan import Matrix, matrices
 from nvfp4sweep.checkpoint.quality import Quality, write_quality
 from nvfp4sweep.checkpoint.ranks import ALONE, Ranks, share, together
-from nvfp4sweep.checkpoint.reader import TensorInfo
+from nvfp4sweep.checkpoint.reader import Empty, TensorInfo
 from nvfp4sweep.checkpoint.report import batch_dims, naming
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.settings import Settings
@@ -97,6 +97,7 @@ def quantize_checkpoint(
     importance: Path | None = None,
     engines: Sequence[Engine] = (numpy_engine,),
     off_cpu: bool = False,
+    empty: Empty = np.empty,
     ranks: Ranks = ALONE,
     advance: Advance = lambda stage, tensor: None,
 ) -> Written:
@@ -115,6 +116,7 @@ def quantize_checkpoint(
         engines: where the searches run, one at a time on each.
         off_cpu: the engines leave this CPU idle, so while they search a tensor it works on the report of
             the one before.
+        empty: gives the memory that weights are read to, as numpy.empty: engines may prefer some.
         ranks: the processes that call this with the same arguments, on one file system.
         advance: told of each tensor that this process has read, in each of the two passes.
 
@@ -124,7 +126,7 @@ def quantize_checkpoint(
         ValueError: NaN or infinity in a weight (unless settings.skip_bad); the message names it.
         OSError: the disk refuses.
     """
-    return Job(source, target, settings, importance, engines, off_cpu, ranks).run(advance)
+    return Job(source, target, settings, importance, engines, off_cpu, empty, ranks).run(advance)
 
 
 class Job:
@@ -142,6 +144,7 @@ class Job:
         importance: Path | None = None,
         engines: Sequence[Engine] = (numpy_engine,),
         off_cpu: bool = False,
+        empty: Empty = np.empty,
         ranks: Ranks = ALONE,
     ) -> None:
         check_apart(source, target)
@@ -152,6 +155,7 @@ class Job:
         self._engines: SimpleQueue[Engine] = SimpleQueue()
         for engine in engines:
             self._engines.put(engine)
+        self._empty = empty
         self._cores = Lock()
         self._workers = (2 if off_cpu else 1) * len(engines)
 
@@ -245,12 +249,15 @@ class Job:
                 return None
 
         amaxes = {}
-        found = ahead(tensors, self._checkpoint.read, find)
+        found = ahead(tensors, self._read, find)
         for tensor, amax in zip(tensors, found, strict=True):
             if amax is not None:
                 amaxes[tensor.name] = amax
             self._advance("amax", tensor)
         return amaxes
+
+    def _read(self, tensor: TensorInfo) -> Array:
+        return self._checkpoint.read(tensor, self._empty)
 
     def _write_shards(
         self,
@@ -272,9 +279,7 @@ class Job:
             weights = [
                 tensor for file in mine for tensor in self.selection.shards[file] if tensor.name in chosen
             ]
-            made = ahead(
-                weights, self._checkpoint.read, lambda t, w: self._make(t, w, amaxes[t.name]), self._workers
-            )
+            made = ahead(weights, self._read, lambda t, w: self._make(t, w, amaxes[t.name]), self._workers)
             for file in mine:
                 self._write_shard(folder, file, entries[file], chosen, made)
 

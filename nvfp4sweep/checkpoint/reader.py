@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+Empty = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
 INDEX_NAME = "model.safetensors.index.json"
 _CHUNK = 1 << 24
 
@@ -81,13 +82,16 @@ class Checkpoint:
             shards.setdefault(tensor.file.name, []).append(tensor)
         return shards
 
-    def read(self, tensor: TensorInfo) -> npt.NDArray[Any]:
+    def read(self, tensor: TensorInfo, empty: Empty = np.empty) -> npt.NDArray[Any]:
         """The tensor, a copy in memory: float32, float16 or bfloat16; float64 becomes float32.
+
+        Args:
+            empty: gives the memory, as numpy.empty.
 
         Raises:
             CheckpointError: the data cannot be read.
         """
-        array = np.empty(tensor.shape, _DTYPES[tensor.dtype])
+        array = empty(tensor.shape, _DTYPES[tensor.dtype])
         start, _ = self._data_range(tensor)
         try:
             # Not through the library's memory map: what was read of it counts as this process's memory.
