@@ -106,7 +106,12 @@ def plan(
         scattered: whether there is a buffer of starts.
         importance_strides: of the importance in the weight's shape, if there is one.
         hessian_matrices: how many matrices there are Hessians for: 1 if they share them.
+
+    Raises:
+        ValueError: starts together with an importance or Hessians.
     """
+    if scattered and (importance_strides is not None or hessian_matrices):
+        raise ValueError("starts is given with an importance or a hessian: their sweeps take strides alone")
     matrices = problem.view_shape[0]
     if not matrices:
         return ()

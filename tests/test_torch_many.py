@@ -7,6 +7,7 @@ from conftest import CUDA
 torch = pytest.importorskip("torch")
 pytest.importorskip("numba")
 import nvfp4sweep_torch as nt  # noqa: E402
+from nvfp4sweep.problem import make_problem  # noqa: E402
 from nvfp4sweep_torch import _device, _many  # noqa: E402
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -112,8 +113,10 @@ def assorted(dtype: torch.dtype):  # type: ignore[no-untyped-def]
 
 
 @on_device
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [*((dtype, OPTIONS[0]) for dtype in DTYPES), *((torch.bfloat16, options) for options in OPTIONS[1:])],
+)
 def test_results_are_those_of_single_calls(swept, dtype: torch.dtype, options) -> None:  # type: ignore[no-untyped-def]
     weights = assorted(dtype)
     same(calibrate_many(weights, **options), single(weights, **options))
@@ -146,6 +149,16 @@ def test_the_kernels_themselves() -> None:
         weights[3][5, 1] = torch.inf
         with pytest.raises(ValueError, match=r"^weights\[1\]: weight\[5, 1\] is inf"):
             calibrate_many([weights[0], weights[3]], axis=0)
+
+
+@pytest.mark.parametrize("objective", [{"importance_strides": (0, 0, 1)}, {"hessian_matrices": 1}])
+def test_starts_are_for_plain_sweeps(objective) -> None:  # type: ignore[no-untyped-def]
+    launch = pytest.importorskip("nvfp4sweep.triton_launch", exc_type=ImportError)
+    asked = make_problem((2, 4, 32), batch_dims=1)
+    with pytest.raises(ValueError, match="starts is given with"):
+        launch.plan(
+            asked, ("amax",), (128, 32, 32, 1), 4, 90, given=False, checked=False, scattered=True, **objective
+        )
 
 
 @on_device
