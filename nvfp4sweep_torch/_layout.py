@@ -55,8 +55,9 @@ class Layout:
             axis = axes.get(placement.dim) if _sharded_axis(placement) is not None else None
             if axis is None:
                 return Replicate()
-            factor = _split_factor(placement)
-            return type(placement)(axis, **({"split_factor": factor} if factor > 1 else {}))
+            is_strided = hasattr(placement, "split_factor")  # PyTorch 2.11 wants it, also where it is 1
+            options = {"split_factor": placement.split_factor} if is_strided else {}
+            return type(placement)(axis, **options)
 
         return tuple(map(along, self.placements))
 

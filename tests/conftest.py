@@ -186,6 +186,10 @@ def _engine(name: str) -> Engine:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not CUDA:
         (pytest.fail if REQUIRED else pytest.skip)("no CUDA device")
+    if CUDA:
+        import torch
+
+        torch.cuda.set_device(0)  # once it has been used, JAX leaves its last device the current one
 
 
 @pytest.fixture

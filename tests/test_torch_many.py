@@ -103,7 +103,7 @@ def on_device(test):  # type: ignore[no-untyped-def]
 
 # --- the same results ---------------------------------------------------------------------------------
 
-OPTIONS = [{}, {"axis": 0}, {"block_size": 32}, {"axis": 0, "block_size": 32, "min_code": 90}]
+OPTIONS = [{}, {"axis": 0}, {"block_size": 32}, {"axis": 0, "min_code": 90}]
 
 
 def assorted(dtype: torch.dtype):  # type: ignore[no-untyped-def]
