@@ -7,10 +7,12 @@ The clock starts when the engines of all ranks are warm. Rank 0 writes RESULT, a
 
 import argparse
 import json
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +23,7 @@ import numpy as np
 import nvfp4sweep
 from nvfp4sweep.checkpoint import Settings, numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.baselines import scale_errors
-from nvfp4sweep.checkpoint.quantizer import Engine
+from nvfp4sweep.checkpoint.quantizer import Array, Engine, Packed
 from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.cli_checkpoint import empty_for, torch_engine
@@ -61,6 +63,31 @@ class Watch:
         return watched
 
 
+class EngineWatch:
+    """The calls of an engine, which come one at a time: bytes of the matrix, and seconds."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._calls: list[tuple[int, float]] = []
+
+    def __call__(self, matrix: Array, *arguments: Any) -> Packed:
+        start = time.perf_counter()
+        found = self._engine(matrix, *arguments)
+        self._calls.append((matrix.nbytes, time.perf_counter() - start))
+        return found
+
+    @property
+    def seconds(self) -> float:
+        return sum(seconds for _, seconds in self._calls)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second, the median of its largest matrices; 0 if it had none."""
+        largest = max((n_bytes for n_bytes, _ in self._calls), default=0)
+        rates = [n_bytes / seconds for n_bytes, seconds in self._calls if n_bytes == largest]
+        return statistics.median(rates) if rates else 0.0
+
+
 def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
     """Compiled, or loaded, for weights such as these, with all else that a run compiles."""
     engine = numpy_engine if device == "cpu" else torch_engine(device)
@@ -73,13 +100,12 @@ def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
 
 
 def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
-    """On rank 0 the seconds of the slowest rank, the longest that a rank was at each stage, and of the
-    engines the busiest's and their sum."""
+    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage; of the
+    engines the busiest's seconds, the sum of all, and the sum of their rates."""
     ranks = ranks_of_environment()
     devices = device_of_rank(resolve_devices(device), ranks)
-    watches = [Watch() for _ in devices]
     weights = Selection(source, Settings()).plan.tensors
-    engines = [watch.over(warm_engine(name, weights)) for watch, name in zip(watches, devices, strict=True)]
+    engines = [EngineWatch(warm_engine(name, weights)) for name in devices]
     stages = {stage: Watch() for stage in _STAGES}
     with ExitStack() as patches:
         for stage, names in _STAGES.items():
@@ -97,13 +123,16 @@ def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
         )
         seconds = time.perf_counter() - start
     mine = {"seconds": seconds, **{f"{stage}_seconds": watch.seconds for stage, watch in stages.items()}}
-    all_ranks = ranks.gather((mine, [watch.seconds for watch in watches]))
+    all_ranks = ranks.gather((mine, [(engine.seconds, engine.rate) for engine in engines]))
     if ranks.rank > 0:
         return None
-    of_engines = [engine for _, its_engines in all_ranks for engine in its_engines]
+    seconds_of_each, rates = zip(*chain(*(of_engines for _, of_engines in all_ranks)), strict=True)
     found = {name: max(row[name] for row, _ in all_ranks) for name in mine}
-    found |= {"engine_seconds": max(of_engines), "all_engines_seconds": sum(of_engines)}
-    return {name: round(value, 3) for name, value in found.items()}
+    found |= {"engine_seconds": max(seconds_of_each), "all_engines_seconds": sum(seconds_of_each)}
+    return {
+        **{name: round(value, 3) for name, value in found.items()},
+        "all_engines_bytes_per_second": round(sum(rates)),
+    }
 
 
 def _patch(patches: ExitStack, name: str, watch: Watch) -> None:

@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
-from itertools import chain
+from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from benchmarks.checkpoint_model import LLAMA_70B, layer_of
 from benchmarks.checkpoint_model import shards as benchmark_shards
 from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape
 from benchmarks.scaling import Cluster, Rates, Shard, Spent, Tensor, faster, simulate
+from nvfp4sweep.checkpoint.ranks import shares
+from nvfp4sweep.checkpoint.selection import SHARD_BYTES
 
 _GB = 1e9
 _RESOURCES = {
@@ -22,8 +25,6 @@ _RESOURCES = {
 
 _GPUS_A_HOST = 8
 _HOSTS = (1, 8)
-# The largest file that transformers saves by default: before version 5, and since.
-_SHARD_BYTES, _LARGE_SHARD_BYTES = 5e9, 50e9
 #: Bytes a second that a file system gives each host: reading, writing. None is the measured disk's.
 _STORAGE = {
     "the disk as measured": None,
@@ -34,11 +35,11 @@ _OBJECT_STORAGE = 8.0 * _GB
 _OBJECT_STORAGE_SOURCE = "https://github.com/dvassallo/s3-benchmark"
 
 
-def _files(tensors: Iterable[Tensor], most: float = _SHARD_BYTES) -> list[Shard]:
-    """Shards of at most so many bytes, in the order of the tensors."""
+def _files(tensors: Iterable[Tensor]) -> list[Shard]:
+    """Shards of at most SHARD_BYTES, in the order of the tensors."""
     files: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if files[-1] and sum(t.n_bytes for t in files[-1]) + tensor.n_bytes > most:
+        if files[-1] and sum(t.n_bytes for t in files[-1]) + tensor.n_bytes > SHARD_BYTES:
             files.append([])
         files[-1].append(tensor)
     return [tuple(file) for file in files]
@@ -104,10 +105,11 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
 not know that threads of one process wait for each other in the interpreter, which several GPUs in one process pay for.
 
-An engine's time is the host's, nearly all of it: copies to the GPU and back, from memory that the processor moves
-byte by byte. Engines share that memory with the readers and the report, so they scale less than the sweep, which
-takes {search} of an engine's time. Processes share shards by their bytes, copied tensors included, so that the
-busiest engine of several has more than its part.
+An engine is at work for {busy} of the time of one GPU's run: copies to the GPU and back, and the sweep, which takes
+{search} of the engine's time by itself. Of one GPU a process the runs fit {own:.2f} s that each process takes whatever its
+part, such as for memory that it pins for its first tensors, and {shared:.2f} s for all weights, which they divide.
+They divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards hold what
+is copied. By this fit the speed-up would be that without a process's own time.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -135,10 +137,9 @@ Assumed, beside the rates measured above:
 - hosts of {gpus} GPUs and a process for each, which has cores and memory bandwidth of its own for its amaxes and
   reports, as one process of the measured host had ({host}, {devices} GPUs);
 - one file system that all hosts see, and that gives each of them these rates however many they are;
-- bfloat16 input in shards of {shard:.0f} GB. 70B has the shapes of Llama 3 70B, {files_70b} shards. 1T has the experts and
-  the vocabulary of Kimi K2 (its config.json: 60 layers of 384 experts, 7168 by 2048), {files_1t} shards; 16 experts count
-  as one tensor. Ranks beyond the number of shards write none: transformers 5 makes shards of {large:.0f} GB unless told
-  otherwise, {files_large} of the 70B;
+- bfloat16 input in shards of {shard:.0f} GB, to which larger ones are cut. 70B has the shapes of Llama 3 70B, {files_70b} shards.
+  1T has the experts and the vocabulary of Kimi K2 (its config.json: 60 layers of 384 experts, 7168 by 2048), {files_1t}
+  shards; 16 experts count as one tensor;
 - a host keeps in memory what it has read in the first pass; but not 1T on one host, which reads all of it twice;
 - object storage: {object_storage:.1f} GB/s a host, which <{source}> found for downloads
   to a host with a network of 100 Gbit/s; uploads are taken to be as fast. The command needs a file system that can seek
@@ -151,7 +152,8 @@ def page(by_number: dict[int, Row], checkpoint: Row, cuda: Row) -> str:
     sweep = by_number[1]["wall_in_a_row"]["sweep"]["p50_ms"] / 1e3
     search = 2 * math.prod(by_number[1]["shape"]) / sweep
     parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint, search)]
-    return "\n".join([*parts, _limits(checkpoint, search, cuda), _projections(checkpoint)])
+    limits = _limits(checkpoint, search, by_number[1]["device"], cuda)
+    return "\n".join([*parts, limits, _projections(checkpoint)])
 
 
 def _sweeps(by_number: dict[int, Row]) -> str:
@@ -224,6 +226,10 @@ def _checkpoints(entry: Row, search: float) -> str:
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
             f"{found:.1f}, {_percent(found / row['seconds'] - 1, '+')}",
         ]
+    # The largest part of the weights that a process has, by the number of processes with a GPU each.
+    single = [row for row in runs if row["devices"] == row["processes"]]
+    parts = {row["processes"]: _largest_part(model, row["processes"]) for row in single}
+    shared, own = np.polyfit([*parts.values()], [row["engine_seconds"] for row in single], 1)
     head = [
         "processes x GPUs each",
         "seconds",
@@ -240,18 +246,31 @@ def _checkpoints(entry: Row, search: float) -> str:
         copy=entry["parts_seconds"]["copy"],
         run=run(entry),
         table="\n".join(plain_table(head, cells)),
+        busy=_percent(alone["engine_seconds"] / alone["seconds"]),
         search=f"{100 * rates.quantize / search:.1f} %",
+        own=own,
+        shared=shared,
+        processes=max(parts),
+        part=1 / min(parts.values()),
     )
 
 
-def _limits(entry: Row, search: float, cuda: Row) -> str:
+def _largest_part(model: Sequence[Shard], processes: int) -> float:
+    """Of the quantized bytes, as processes share shards."""
+    n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in model]
+    weights = [sum(tensor.n_bytes for tensor in shard if tensor.quantized) for shard in model]
+    of_each = shares(range(len(model)), n_bytes.__getitem__, processes)
+    return max(sum(weights[i] for i in mine) for mine in of_each) / sum(weights)
+
+
+def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
     model, rates = _benchmark_model(entry["layers"]), _rates(entry)
     steps = {
         "reading, from the disk": (rates.read, "disk"),
-        "reading, from the page cache": (rates.read_cached, "one core and its page faults"),
+        "reading, from the page cache": (rates.read_cached, "one core"),
         "global amaxes of the first pass, all cores": (rates.amax, "memory of the host"),
-        "search and pack, with copies": (rates.quantize, "link of the host, from ordinary memory"),
-        "of that the sweep itself": (search, "arithmetic"),
+        "search and pack, with copies": (rates.quantize, "link of the host, a step at a time"),
+        f"of that the sweep itself, {swept_by}": (search, "arithmetic"),
         "the report's errors, all cores": (rates.report, "arithmetic of the cores"),
         "writing and fsync, of the output": (rates.write, "disk"),
     }
@@ -312,11 +331,9 @@ def _projections(entry: Row) -> str:
         gpus=_GPUS_A_HOST,
         host=entry["host"],
         devices=entry["devices"],
-        shard=_SHARD_BYTES / _GB,
+        shard=SHARD_BYTES / _GB,
         files_70b=len(models["70B"]),
         files_1t=len(models["1T"]),
-        large=_LARGE_SHARD_BYTES / _GB,
-        files_large=len(_files(chain(*models["70B"]), _LARGE_SHARD_BYTES)),
         object_storage=_OBJECT_STORAGE / _GB,
         source=_OBJECT_STORAGE_SOURCE,
     )

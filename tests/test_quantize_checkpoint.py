@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from nvfp4sweep import cli, cli_checkpoint, formats
-from nvfp4sweep.checkpoint import quantizer
+from nvfp4sweep.checkpoint import quantizer, selection
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
+from nvfp4sweep.checkpoint.quality import PAGE_NAME
 from nvfp4sweep.checkpoint.quantizer import numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.settings import Settings
@@ -332,6 +333,52 @@ def test_tensors_in_memory(
     monkeypatch.setattr(Checkpoint, "read", counted)
     quantize_checkpoint(model, tmp_path / "out", engines=[engine], off_cpu=off_cpu)
     assert len(twice) == 6
+
+
+@pytest.mark.parametrize("n_files", [1, 2])
+def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int) -> None:
+    """The same tensors in more files, whatever the number of files before, and however often interrupted."""
+    tensors = make_tensors()
+    if n_files == 1:
+        tensors = [tensors[0] | tensors[1]]
+    model = write_model(tmp_path / "model", tensors)
+    quantize_checkpoint(model, tmp_path / "whole")
+    (model / "model-00001-of-00004.safetensors").write_bytes(b"not of the model")
+    monkeypatch.setattr(selection, "SHARD_BYTES", 9000)
+    calls = itertools.count()
+
+    def engine(*arguments: Any) -> quantizer.Packed:
+        if next(calls) in (1, 9, 16):
+            raise KeyboardInterrupt
+        return numpy_engine(*arguments)
+
+    interrupted = 0
+    while not (tmp_path / "out").exists():
+        try:
+            quantize_checkpoint(model, tmp_path / "out", engines=[engine])
+        except KeyboardInterrupt:
+            interrupted += 1
+    assert interrupted == 3
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
+    assert len(files) == 4
+    found, expected = read_all(tmp_path / "out"), read_all(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
+    for name in ("config.json", PAGE_NAME):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_files_are_cut_evenly(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    monkeypatch.setattr(selection, "SHARD_BYTES", 100)
+    sizes = np.random.default_rng(seed).integers(0, 40, 50).tolist()
+    tensors = [TensorInfo(str(i), (size,), "U8", Path("model")) for i, size in enumerate(sizes)]
+    parts = selection._cut(tensors, lambda tensor: tensor.size)
+    assert [tensor for part in parts for tensor in part] == tensors
+    assert len(parts) == -(-sum(sizes) // 100)
+    mean = sum(sizes) / len(parts)
+    assert all(abs(sum(tensor.size for tensor in part) - mean) <= 40 for part in parts)
 
 
 # --- interruptions ----------------------------------------------------------------------------------

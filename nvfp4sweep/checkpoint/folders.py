@@ -131,7 +131,7 @@ def identity(path: Path) -> list[int]:
 
 
 def copy_others(source: Path, target: Path, shards: set[str]) -> None:
-    """All files but the shards, the index and the configuration, in subfolders too."""
+    """All files but these shards, the index and the configuration, in subfolders too."""
     written = {*shards, INDEX_NAME, CONFIG_NAME}
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)

@@ -224,11 +224,11 @@ class Job:
         Those of the shards that it will write: its host then has them in memory. Of any shards where there
         are not enough for all processes.
         """
-        weights, shards = self.selection.plan.tensors, list(self.selection.shards)
+        weights, shards = self.selection.plan.tensors, self.selection.shards
         if len(shards) < self._ranks.size:
             return share(weights, self._checkpoint.n_bytes, self._ranks)
-        mine = set(self._to_write(shards))
-        return [tensor for tensor in weights if tensor.file.name in mine]
+        mine = {tensor for file in self._to_write(list(shards)) for tensor in shards[file]}
+        return [tensor for tensor in weights if tensor in mine]
 
     def _to_write(self, shards: Sequence[str]) -> list[str]:
         """This process's part of them."""
@@ -354,7 +354,7 @@ class Job:
     ) -> None:
         """Everything but the weights; the configuration last."""
         target = folder.checkpoint
-        copy_others(self.selection.source, target, set(self.selection.shards))
+        copy_others(self.selection.source, target, {*self._checkpoint.shards, *self.selection.shards})
         write_index(self.selection.source, target, entries)
         layout, with_input = self._settings.layout, self._settings.input_scale is not None
         for name, content in layout.other_files(ignored, with_input).items():

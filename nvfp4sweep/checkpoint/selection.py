@@ -1,7 +1,7 @@
 """What is to be done with a model: which tensors become what, which share a scale, what to warn of."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ from nvfp4sweep.checkpoint.writer import Entry
 Array = npt.NDArray[Any]
 
 _EXCLUDED = "excluded by the caller"
+#: Of a file of the input: what transformers saved at most until its version 5, which saves ten times that.
+SHARD_BYTES = 5 * 10**9
 
 
 class Selection:
@@ -36,7 +38,7 @@ class Selection:
     Attributes:
         config: the model's config.json; `model_type` is of it.
         plan: which tensors are quantized, and why others are not.
-        shards: the tensors of each file.
+        shards: the tensors of each file that is written.
         warnings: what may not be as the caller wants it, a sentence each.
 
     Raises:
@@ -50,7 +52,7 @@ class Selection:
         self.checkpoint = Checkpoint(source)
         self.importances = None if importance is None else Importances(importance, self.model_type)
         self.plan = make_plan(self.checkpoint.tensors, self._reason_to_skip)
-        self.shards = self.checkpoint.shards
+        self.shards = _shards(self.checkpoint)
         if not self.plan.tensors:
             raise CheckpointError(f"{source} has no linear weight to quantize")
         if settings.strict and (uneven := self._uneven()):
@@ -115,3 +117,29 @@ class Selection:
                     f"{len(without):,} of {len(self.plan.tensors):,} weights have no importance in the file, "
                     f"the first {without[0]}: all their inputs count alike"
                 )
+
+
+def _shards(checkpoint: Checkpoint) -> dict[str, list[TensorInfo]]:
+    """Those of the input; all with new names where one has more than SHARD_BYTES, which is cut evenly.
+
+    Processes share the work by shards, and what an interruption loses is one of each.
+    """
+    cut = [part for tensors in checkpoint.shards.values() for part in _cut(tensors, checkpoint.n_bytes)]
+    if len(cut) == len(checkpoint.shards):
+        return checkpoint.shards
+    return {f"model-{i:05}-of-{len(cut):05}.safetensors": part for i, part in enumerate(cut, 1)}
+
+
+def _cut(tensors: list[TensorInfo], n_bytes: Callable[[TensorInfo], int]) -> list[list[TensorInfo]]:
+    """Parts of about SHARD_BYTES at most: each tensor is where the middle of its bytes is."""
+    total = sum(map(n_bytes, tensors))
+    if total <= SHARD_BYTES:
+        return [tensors]
+    n_parts = -(-total // SHARD_BYTES)
+    parts: list[list[TensorInfo]] = [[] for _ in range(n_parts)]
+    begin = 0
+    for tensor in tensors:
+        size = n_bytes(tensor)
+        parts[min((2 * begin + size) * n_parts // (2 * total), n_parts - 1)].append(tensor)
+        begin += size
+    return [part for part in parts if part]
