@@ -103,7 +103,8 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 {table}
 
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
-not know that threads of one process wait for each other in the interpreter, which several GPUs in one process pay for.
+not know what steps that go on at the same time cost each other. Several processes are faster than one with as many GPUs
+for the report: each adds up the errors of its own tensors.
 
 An engine is at work for {busy} of the time of one GPU's run: copies to the GPU and back, and the sweep, which takes
 {search} of the engine's time by itself. Of one GPU a process the runs fit {own:.2f} s that each process takes whatever its
