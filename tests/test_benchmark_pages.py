@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("benchmarks", reason="the benchmarks were not copied")
+pytest.importorskip("simpy")
 
 from benchmarks import report
 
