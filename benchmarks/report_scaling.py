@@ -65,8 +65,6 @@ def _experts_1t() -> list[Shard]:
 
 
 _MODELS = {"70B": _llama_70b, "1T": _experts_1t}
-#: Of those, whether a single host keeps in memory what it has read: as large as the model it must be.
-_KEPT_BY_ONE_HOST = {"70B": True, "1T": False}
 
 
 # --- the page -------------------------------------------------------------------------------------------
@@ -105,12 +103,17 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
 not know what steps that go on at the same time cost each other. Several processes are faster than one with as many GPUs
 for the report: each adds up the errors of its own tensors.
-
+{before_turns}
 An engine is at work for {busy} of the time of one GPU's run: copies to the GPU and back, and the sweep, which takes
 {search} of the engine's time by itself. Of one GPU a process the runs fit {own:.2f} s that each process takes whatever its
 part, such as for memory that it pins for its first tensors, and {shared:.2f} s for all weights, which they divide.
 They divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards hold what
 is copied. By this fit the speed-up would be that without a process's own time.
+"""  # noqa: E501
+
+_BEFORE_TURNS = """
+These runs found all global amaxes before the first shard was begun, as `--skip-bad` still does. Since then a shard is
+searched for its amaxes while the one before is quantized: by turns, in the last column, which is not measured yet.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -141,7 +144,7 @@ Assumed, beside the rates measured above:
 - bfloat16 input in shards of {shard:.0f} GB, to which larger ones are cut. 70B has the shapes of Llama 3 70B, {files_70b} shards.
   1T has the experts and the vocabulary of Kimi K2 (its config.json: 60 layers of 384 experts, 7168 by 2048), {files_1t}
   shards; 16 experts count as one tensor;
-- a host keeps in memory what it has read in the first pass; but not 1T on one host, which reads all of it twice;
+- a host has a shard in memory when it reads it for the second time, and no scale is shared across shards;
 - object storage: {object_storage:.1f} GB/s a host, which <{source}> found for downloads
   to a host with a network of 100 Gbit/s; uploads are taken to be as fast. The command needs a file system that can seek
   and rename: the input is copied to one before, the output from it after, by the same hosts, and nothing overlaps.
@@ -217,15 +220,21 @@ def _checkpoints(entry: Row, search: float) -> str:
     model, rates = _benchmark_model(entry["layers"]), _rates(entry)
     runs = sorted(entry["runs"], key=lambda row: (row["devices"], row["processes"]))
     alone = next(row for row in runs if row["devices"] == 1)
+    # Before there were turns all amaxes were found first, as --skip-bad does it.
+    simulations = [False] if entry.get("passes_by_turns") else [True, False]
     cells = {}
     for row in runs:
         processes, devices = row["processes"], row["devices"] // row["processes"]
-        found = simulate(model, Cluster(rates, processes=processes, devices=devices)).seconds
+        simulated = [
+            simulate(model, Cluster(rates, processes=processes, devices=devices, skip_bad=skip_bad)).seconds
+            for skip_bad in simulations
+        ]
         cells[f"{processes} x {devices}"] = [
             f"{row['seconds']:.1f}",
             f"{1e12 * row['seconds'] / entry['input_bytes']:.0f}",
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
-            f"{found:.1f}, {_percent(found / row['seconds'] - 1, '+')}",
+            f"{simulated[0]:.1f}, {_percent(simulated[0] / row['seconds'] - 1, '+')}",
+            *(f"{seconds:.1f}" for seconds in simulated[1:]),
         ]
     # The largest part of the weights that a process has, by the number of processes with a GPU each.
     single = [row for row in runs if row["devices"] == row["processes"]]
@@ -237,6 +246,7 @@ def _checkpoints(entry: Row, search: float) -> str:
         "ps a byte of input",
         "busiest engine: s, speed-up",
         "simulated, s",
+        *(["simulated by turns, s"] if simulations[1:] else []),
     ]
     return _CHECKPOINTS.format(
         device=entry["device"],
@@ -247,6 +257,7 @@ def _checkpoints(entry: Row, search: float) -> str:
         copy=entry["parts_seconds"]["copy"],
         run=run(entry),
         table="\n".join(plain_table(head, cells)),
+        before_turns=_BEFORE_TURNS if simulations[1:] else "",
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
         search=f"{100 * rates.quantize / search:.1f} %",
         own=own,
@@ -306,14 +317,13 @@ def _projections(entry: Row) -> str:
         n_bytes = sum(tensor.n_bytes for shard in model for tensor in shard)
         moved = n_bytes + sum(tensor.written for shard in model for tensor in shard)
         for hosts in _HOSTS:
-            keeps = hosts > 1 or _KEPT_BY_ONE_HOST[name]
             for storage, given in _STORAGE.items():
                 rates = (
                     measured
                     if given is None
                     else dataclasses.replace(measured, read=given[0], write=given[1])
                 )
-                found = simulate(model, Cluster(rates, hosts, _GPUS_A_HOST, keeps=keeps))
+                found = simulate(model, Cluster(rates, hosts, _GPUS_A_HOST))
                 lines[f"{name}, {n_bytes / 1e12:.2f} TB, {hosts * _GPUS_A_HOST} GPUs: {storage}"] = [
                     _duration(found.seconds),
                     f"{found.seconds * hosts * _GPUS_A_HOST / 3600:.2f}",

@@ -6,13 +6,13 @@ too. So the simulation says how steps overlap and queue, and nothing about what 
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import simpy
 
+from nvfp4sweep.checkpoint.passes import AMAX, QUANTIZE, by_turns
 from nvfp4sweep.checkpoint.ranks import shares
 
 # Of a 16-bit weight's bytes what is written: four bits an element, and a byte for 16 of them.
@@ -32,6 +32,8 @@ class Tensor(NamedTuple):
 
 
 Shard = tuple[Tensor, ...]
+_Place = tuple[int, int]  # a shard, and a tensor in it
+_Step = tuple[str, _Place]
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Rates:
 
     Attributes:
         read, write: of a host's disk.
-        read_cached: of a file that the host still has in memory, a process.
+        read_cached: the second time, of what the host still has in memory, a process.
         amax, report: of a process: the first pass's arithmetic, and the report's.
         quantize: of a device: to it, search, pack, and back.
     """
@@ -55,20 +57,26 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Processes on hosts that see one file system, whose rates are those of each host."""
+    """Processes on hosts that see one file system, whose rates are those of each host.
+
+    Attributes:
+        processes: on each host.
+        devices: of each process.
+        skip_bad: all amaxes are found before the first shard is begun.
+    """
 
     rates: Rates
     hosts: int = 1
-    processes: int = 1  # on each host
-    devices: int = 1  # of each process
-    keeps: bool = True  # in memory what a host has read
+    processes: int = 1
+    devices: int = 1
+    skip_bad: bool = False
 
 
 class Spent(NamedTuple):
-    """Seconds: the whole, its first pass, and how long the busiest resource of each kind was busy."""
+    """Seconds: the whole, until shards are begun, and how long the busiest resource of each kind was busy."""
 
     seconds: float
-    first_pass: float
+    before: float
     busy: dict[str, float]
 
 
@@ -108,13 +116,25 @@ class _Run:
         self._model, self._rates, self._cluster = model, cluster.rates, cluster
         self._env = simpy.Environment()
         self._hosts = [_Host(self._env, cluster.processes, cluster.devices) for _ in range(cluster.hosts)]
-        self._size_of_world = cluster.hosts * cluster.processes
-        self._cached: set[tuple[int, int, int]] = set()  # host, shard, tensor
 
     def spent(self) -> Spent:
-        self._on_all(self._to_search(), self._first_pass)
-        first_pass = self._env.now
-        self._on_all(self._to_write(), self._second_pass)
+        n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in self._model]
+        size = self._cluster.hosts * self._cluster.processes
+        of_each = shares(range(len(self._model)), n_bytes.__getitem__, size)
+        if self._cluster.skip_bad:
+            weights = [(i, j) for i, shard in enumerate(self._model) for j in self._weights(i)]
+            for rank, mine in enumerate(shares(weights, self._size, size)):
+                self._start(rank, [(AMAX, place) for place in mine], [], 1)
+            self._env.run()
+        before = self._env.now
+        for rank, shards in enumerate(of_each):
+            plan = [
+                (stage, place)
+                for stage, place in by_turns([[(i, j) for j in self._weights(i)] for i in shards])
+                if stage == QUANTIZE or not self._cluster.skip_bad
+            ]
+            self._start(rank, plan, shards, 2 * self._cluster.devices)
+        self._env.run()
         processes = [process for host in self._hosts for process in host.processes]
         busy = {
             "disk's reading": max(host.reader.busy for host in self._hosts),
@@ -122,100 +142,73 @@ class _Run:
             "cores": max(process.cores.busy for process in processes),
             "device": max(device.busy for process in processes for device in process.devices),
         }
-        return Spent(self._env.now, first_pass, busy)
+        return Spent(self._env.now, before, busy)
 
-    def _to_write(self) -> list[list[int]]:
-        """The shards of each process, as checkpoint.quantizer shares them."""
-        n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in self._model]
-        return shares(range(len(self._model)), n_bytes.__getitem__, self._size_of_world)
+    def _weights(self, shard: int) -> list[int]:
+        return [j for j, tensor in enumerate(self._model[shard]) if tensor.quantized]
 
-    def _to_search(self) -> list[list[tuple[int, int]]]:
-        """The weights of each process in the first pass, likewise."""
-        weights = [
-            [(i, j) for j, t in enumerate(shard) if t.quantized] for i, shard in enumerate(self._model)
-        ]
-        if len(self._model) < self._size_of_world:
-            return shares(list(chain(*weights)), self._size, self._size_of_world)
-        return [list(chain(*(weights[i] for i in mine))) for mine in self._to_write()]
+    def _start(self, rank: int, plan: list[_Step], shards: Sequence[int], workers: int) -> None:
+        host, process = divmod(rank, self._cluster.processes)
+        work = self._work(self._hosts[host], self._hosts[host].processes[process], plan, shards, workers)
+        self._env.process(work)
 
-    def _on_all(self, share_of_each: Iterable[Any], work: Callable[..., Any]) -> None:
-        """And wait for all of them."""
-        for rank, mine in enumerate(share_of_each):
-            host, process = divmod(rank, self._cluster.processes)
-            self._env.process(work(host, self._hosts[host].processes[process], mine))
-        self._env.run()
-
-    def _size(self, place: tuple[int, int]) -> int:
+    def _size(self, place: _Place) -> int:
         return self._model[place[0]][place[1]].n_bytes
 
-    def _read(self, number: int, place: tuple[int, int]) -> Generator[Any, Any, None]:
-        n_bytes = self._size(place)
-        if (number, *place) in self._cached:
-            yield self._env.timeout(n_bytes / self._rates.read_cached)
-        else:
-            yield from self._hosts[number].reader.serve(n_bytes / self._rates.read)
-            if self._cluster.keeps:
-                self._cached.add((number, *place))
-
-    def _first_pass(
-        self, number: int, process: _Process, weights: Iterable[tuple[int, int]]
+    def _work(
+        self, host: _Host, process: _Process, plan: list[_Step], shards: Sequence[int], workers: int
     ) -> Generator[Any, Any, None]:
-        """A weight is read while the last one's amax is found."""
-        room, coming = simpy.Container(self._env, init=2), simpy.Store(self._env)
-
-        def read() -> Generator[Any, Any, None]:
-            for place in weights:
-                yield room.get(1)
-                yield from self._read(number, place)
-                yield coming.put(place)
-
-        self._env.process(read())
-        for _ in weights:
-            place = yield coming.get()
-            yield from process.cores.serve(self._size(place) / self._rates.amax)
-            yield room.put(1)
-
-    def _second_pass(
-        self, number: int, process: _Process, shards: Sequence[int]
-    ) -> Generator[Any, Any, None]:
-        """Reads ahead, searches and reports on two weights a device, writes in order."""
-        host, rates = self._hosts[number], self._rates
-        workers = 2 * len(process.devices)
+        """Goes through the steps as pipeline.ahead does, and writes these shards."""
+        rates = self._rates
         room = simpy.Container(self._env, init=workers + 1)
+        busy_workers = simpy.Resource(self._env, workers)
         engines = simpy.Store(self._env)
         engines.items.extend(process.devices)
-        busy_workers = simpy.Resource(self._env, workers)
-        done = {
-            (i, j): self._env.event()
-            for i in shards
-            for j, tensor in enumerate(self._model[i])
-            if tensor.quantized
-        }
+        done = {step: self._env.event() for step in plan}
 
-        def make(place: tuple[int, int]) -> Generator[Any, Any, None]:
-            with busy_workers.request() as turn:
-                yield turn
-                engine = yield engines.get()
-                yield from engine.serve(self._size(place) / rates.quantize)
-                yield engines.put(engine)
-                yield from process.cores.serve(self._size(place) / rates.report)
-            done[place].succeed()
+        in_memory = not self._cluster.skip_bad or self._cluster.hosts == 1  # else others have read most
 
         def read() -> Generator[Any, Any, None]:
-            for place in done:
+            for step in plan:
                 yield room.get(1)
-                yield from self._read(number, place)
-                self._env.process(make(place))
+                if step[0] == QUANTIZE and in_memory:
+                    yield self._env.timeout(self._size(step[1]) / rates.read_cached)
+                else:
+                    yield from host.reader.serve(self._size(step[1]) / rates.read)
+                self._env.process(compute(step))
+
+        def compute(step: _Step) -> Generator[Any, Any, None]:
+            size = self._size(step[1])
+            with busy_workers.request() as turn:
+                yield turn
+                if step[0] == AMAX:
+                    yield from process.cores.serve(size / rates.amax)
+                else:
+                    engine = yield engines.get()
+                    yield from engine.serve(size / rates.quantize)
+                    yield engines.put(engine)
+                    yield from process.cores.serve(size / rates.report)
+            done[step].succeed()
+
+        def taken() -> Generator[Any, Any, _Step]:
+            """The next result, once it is there."""
+            step = next(results)
+            yield done[step]
+            yield room.put(1)
+            return step
 
         self._env.process(read())
+        results = iter(plan)
         for i in shards:
             for j, tensor in enumerate(self._model[i]):
                 if tensor.quantized:
-                    yield done[i, j]
-                    yield room.put(1)
+                    while (yield from taken()) != (QUANTIZE, (i, j)):
+                        pass
                 else:
-                    yield from self._read(number, (i, j))
+                    yield from host.reader.serve(tensor.n_bytes / rates.read)
                 yield from host.writer.serve(tensor.written / rates.write)
+        for _ in range(0 if shards else len(plan)):
+            yield from taken()
 
 
 def faster(rates: Rates, names: Iterable[str], times: float) -> Rates:

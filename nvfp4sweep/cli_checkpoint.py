@@ -15,6 +15,7 @@ from nvfp4sweep.checkpoint import quantizer
 from nvfp4sweep.checkpoint.converter import convert_checkpoint
 from nvfp4sweep.checkpoint.folders import read_config
 from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
+from nvfp4sweep.checkpoint.passes import STAGES
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
 from nvfp4sweep.checkpoint.reader import Checkpoint, Empty
 from nvfp4sweep.checkpoint.report import saving
@@ -76,8 +77,7 @@ def quantize(
         job = quantizer.Job(source, target, settings, importance, engines, devices != ["cpu"], empty, ranks)
         selection = job.selection
         bars = {
-            stage: add_bar(progress, stage, selection.checkpoint, selection.plan.tensors)
-            for stage in quantizer.STAGES
+            stage: add_bar(progress, stage, selection.checkpoint, selection.plan.tensors) for stage in STAGES
         }
         written = job.run(lambda stage, tensor: bars[stage](tensor))
     if ranks.rank == 0:

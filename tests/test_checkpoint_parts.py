@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors.numpy import save_file
 
 from nvfp4sweep.checkpoint import baselines
 from nvfp4sweep.checkpoint.importances import Importances
+from nvfp4sweep.checkpoint.passes import QUANTIZE, STAGES, Amaxes, Step, steps
 from nvfp4sweep.checkpoint.pipeline import ahead
 from nvfp4sweep.checkpoint.plan import cut_by_tensor_parallelism
 from nvfp4sweep.checkpoint.quality import JSON_NAME, PAGE_NAME, Quality
@@ -50,8 +53,9 @@ def test_ahead_keeps_the_order_and_few_values(workers: int) -> None:
             most = max(most, held)
         return 10 * item
 
-    def compute(item: int, value: int) -> tuple[int, int]:
+    def compute(item: int, get: Callable[[], int]) -> tuple[int, int]:
         nonlocal held
+        value = get()
         time.sleep(0.002 * (item % 3))
         with lock:
             held -= 1
@@ -63,7 +67,7 @@ def test_ahead_keeps_the_order_and_few_values(workers: int) -> None:
 
 def test_ahead_goes_on_while_the_caller_is_busy() -> None:
     computed = []
-    results = ahead(range(4), lambda item: item, lambda item, value: computed.append(item))
+    results = ahead(range(4), lambda item: item, lambda item, get: computed.append(get()))
     next(results)
     deadline = time.monotonic() + 10
     while len(computed) < 2 and time.monotonic() < deadline:
@@ -79,11 +83,49 @@ def test_ahead_hands_on_what_a_thread_raises(step: str) -> None:
             raise ValueError(f"{name} {item}")
         return item
 
-    results = ahead(range(100), lambda item: fail("read", item), lambda item, _: fail("compute", item), 2)
+    results = ahead(range(100), lambda item: fail("read", item), lambda _, get: fail("compute", get()), 2)
     found = []
     with pytest.raises(ValueError, match=f"{step} 5"):
         found.extend(results)
     assert found == [] or found == list(range(5))
+    assert threading.active_count() < 20
+
+
+@pytest.mark.parametrize("failing", ["read", "compute", "caller"])
+def test_nobody_waits_for_what_nobody_finds(failing: str) -> None:
+    """Weights that share a scale: the first's magnitude is not found, and another thread has asked for it."""
+    groups = dict.fromkeys("ab", ("a", "b"))
+    plan = steps([[TensorInfo(name, (1,), "F32", Path()) for name in "ab"]], ())
+    assert [(step.stage, step.tensor.name) for step in plan] == [*product(STAGES, "ab")]
+    amaxes = Amaxes(groups, {}, "ab")
+    asked, begun = threading.Event(), threading.Event()
+
+    def fail_once_asked(step: Step, reason: str) -> None:
+        if step == plan[1] and failing == reason:
+            assert asked.wait(10)
+            raise ValueError(reason)
+
+    def read(step: Step) -> str:
+        if step == plan[1]:
+            begun.set()
+        fail_once_asked(step, "read")
+        return step.tensor.name
+
+    def do(step: Step, get: Callable[[], str]) -> str:
+        if step.stage == QUANTIZE:
+            asked.set()
+            return str(amaxes.shared(step.tensor.name))
+        amaxes.find(step.tensor.name, lambda: (get(), fail_once_asked(step, "compute"), np.ones(()))[-1])
+        return ""
+
+    results = ahead(plan, read, do, 2)
+    if failing == "caller":
+        next(results)
+        results.close()  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(ValueError, match=failing):
+            list(results)
+    assert begun.is_set()
     assert threading.active_count() < 20
 
 

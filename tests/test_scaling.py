@@ -17,23 +17,25 @@ WEIGHT, COPIED = Tensor(1000, True), Tensor(1000, False)
 MODEL = [(WEIGHT,) * 3, (WEIGHT,) * 3]
 
 
-def seconds(model: list[tuple[Tensor, ...]], rates: Rates, *cluster: int, keeps: bool = True) -> float:
-    return simulate(model, Cluster(rates, *cluster, keeps=keeps)).seconds
+def seconds(model: list[tuple[Tensor, ...]], rates: Rates, *cluster: int, skip_bad: bool = False) -> float:
+    return simulate(model, Cluster(rates, *cluster, skip_bad=skip_bad)).seconds
 
 
-def test_a_weight_goes_through_all_steps() -> None:
-    found = simulate([(WEIGHT,)], Cluster(SLOW))
+@pytest.mark.parametrize("skip_bad", [False, True])
+def test_a_weight_goes_through_all_steps(skip_bad: bool) -> None:
+    found = simulate([(WEIGHT,)], Cluster(SLOW, skip_bad=skip_bad))
     first = 1000 + 10
-    assert found.first_pass == pytest.approx(first, rel=1e-12)
+    assert found.before == pytest.approx(first if skip_bad else 0, rel=1e-12)
     written = 1000 * (4 + 8 / 16) / 16 / 1e5
-    assert found.seconds == pytest.approx(first + 100 + 1 + 0.1 + written, rel=1e-12)
+    # By turns it is read again while its amax is found.
+    expected = first + 100 + 1 + 0.1 + written - (0 if skip_bad else 10)
+    assert found.seconds == pytest.approx(expected, rel=1e-12)
     assert found.busy["device"] == pytest.approx(1)
-    assert seconds([(WEIGHT,)], SLOW, keeps=False) == pytest.approx(found.seconds + 1000 - 100, rel=1e-12)
 
 
 def test_what_is_not_quantized_is_copied() -> None:
     found = simulate([(COPIED,)], Cluster(SLOW))
-    assert found.first_pass == 0
+    assert found.before == 0
     assert found.seconds == pytest.approx(1000 + 0.01, rel=1e-12)
 
 
@@ -58,10 +60,24 @@ def test_who_shares_what() -> None:
         assert seconds(MODEL, rates, 2, 1) == pytest.approx(expected / 2)
 
 
-def test_ranks_without_a_shard_search_too() -> None:
+def test_shards_are_read_while_others_are_quantized() -> None:
+    """By turns the longer of both counts, and what the first or the last shard needs beside it."""
+    model = [(WEIGHT,)] * 10
+    rates = dataclasses.replace(FREE, read=1000, report=500)
+    assert seconds(model, rates) == pytest.approx(1 + 10 * 2)
+    assert seconds(model, rates, skip_bad=True) == pytest.approx(10 + 10 * 2)
+
+
+def test_all_ranks_search_before_where_all_is_searched_before() -> None:
     rates = dataclasses.replace(FREE, amax=1000)
-    assert seconds(MODEL, rates, 1, 2) == pytest.approx(3)
-    assert seconds(MODEL, rates, 1, 6) == pytest.approx(1)
+    assert seconds(MODEL, rates, 1, 2, skip_bad=True) == pytest.approx(3)
+    assert seconds(MODEL, rates, 1, 6, skip_bad=True) == pytest.approx(1)
+    assert seconds(MODEL, rates, 1, 6) == pytest.approx(3)
+
+
+def test_what_another_host_has_read_is_read_again() -> None:
+    rates = dataclasses.replace(FREE, read=1000)
+    assert seconds(MODEL, rates, 2, 1, skip_bad=True) == pytest.approx(2 * seconds(MODEL, rates, 2, 1))
 
 
 def test_faster() -> None:

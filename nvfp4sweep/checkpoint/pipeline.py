@@ -14,13 +14,14 @@ Result = TypeVar("Result")
 def ahead(
     items: Sequence[Item],
     read: Callable[[Item], Value],
-    compute: Callable[[Item, Value], Result],
+    compute: Callable[[Item, Callable[[], Value]], Result],
     workers: int = 1,
 ) -> Iterator[Result]:
-    """compute(item, read(item)) of each item, in order, worked out ahead of the caller.
+    """compute(item, get) of each item, in order, worked out ahead of the caller; get() waits for read(item).
 
-    One thread reads, `workers` threads compute. In memory are at most `workers` + 1 values, and as many
-    results that wait for the caller. What a thread raises, the caller gets in place of the result.
+    They begin in that order, so that one may wait for those of earlier items. One thread reads, `workers`
+    threads compute. In memory are at most `workers` + 1 values, and as many results that wait for the caller.
+    What a thread raises, the caller gets in place of the result.
     """
     values = threading.Semaphore(workers + 1)
 
@@ -30,7 +31,7 @@ def ahead(
 
     def guarded_compute(item: Item, coming: Future[Value]) -> Result:
         try:
-            return compute(item, coming.result())
+            return compute(item, coming.result)
         finally:
             values.release()
 

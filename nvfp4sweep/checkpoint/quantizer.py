@@ -1,7 +1,8 @@
 """From a folder of safetensors shards to an NVFP4 checkpoint: shard by shard, without the model's code.
 
-The first pass finds every weight's largest magnitude, and so what groups share; the second quantizes and
-writes. All goes to a folder beside the target, which takes the target's name at the very end: what is
+The first pass over a shard finds every weight's largest magnitude, and so what groups share; the second
+quantizes and writes, while the first goes over the next shard. What shares a scale across shards is searched
+before all. All goes to a folder beside the target, which takes the target's name at the very end: what is
 interrupted looks like nothing, and goes on from there. Several processes may share the work.
 """
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 import nvfp4sweep
 from nvfp4sweep.checkpoint.baselines import scale_errors
 from nvfp4sweep.checkpoint.folders import CONFIG_NAME, WorkFolder, check_apart, copy_others, write_index
+from nvfp4sweep.checkpoint.passes import AMAX, QUANTIZE, Amaxes, Step, steps
 from nvfp4sweep.checkpoint.pipeline import ahead
 from nvfp4sweep.checkpoint.plan import Matrix, matrices
 from nvfp4sweep.checkpoint.quality import Quality, write_quality
@@ -50,7 +52,6 @@ class Packed(NamedTuple):
 
 #: (matrix [N, K], global amax, importance [K] or None, min_code) -> Packed
 Engine = Callable[[Array, np.float32, Array | None, int], Packed]
-STAGES = ("amax", "quantize")
 #: Called with one of STAGES and a tensor that has passed it.
 Advance = Callable[[str, TensorInfo], None]
 
@@ -163,9 +164,9 @@ class Job:
         self._advance = advance
         selection, first = self.selection, self._ranks.rank == 0
         folder = self._open_folder()
-        amaxes = self._amaxes(folder)
-        chosen = {tensor.name for tensor in selection.plan.tensors if tensor.name in amaxes}
-        bad = tuple(tensor.name for tensor in selection.plan.tensors if tensor.name not in amaxes)
+        amaxes = self._early_amaxes(folder)
+        bad = tuple(tensor.name for tensor in selection.early if tensor.name not in amaxes)
+        chosen = {tensor.name for tensor in selection.plan.tensors}.difference(bad)
         skipped = selection.plan.skipped | ({_NOT_FINITE: bad} if bad else {})
         ignored = selection.ignored(skipped)
         entries = {
@@ -173,7 +174,7 @@ class Job:
             for file, tensors in selection.shards.items()
         }
         if not folder.finished:
-            self._write_shards(folder, entries, chosen, selection.shared(amaxes))
+            self._write_shards(folder, entries, chosen, amaxes)
 
         def finish() -> None:
             if first and not folder.finished:
@@ -199,91 +200,86 @@ class Job:
         together(self._ranks, _nothing if first else find)
         return found[0]
 
-    def _amaxes(self, folder: WorkFolder) -> dict[str, Array]:
-        """The largest magnitude of each weight, or of each expert of a stack; none of those to skip."""
+    def _early_amaxes(self, folder: WorkFolder) -> dict[str, Array]:
+        """Of Selection.early; none of those to skip."""
         kept = folder.interim()
         if kept is None:
-            mine = self._to_search()
-            everybody = together(self._ranks, lambda: self._find_amaxes(mine))
-            found = {name: amax for part in everybody for name, amax in part.items()}
-            kept = {
-                tensor.name: found[tensor.name]
-                for tensor in self.selection.plan.tensors
-                if tensor.name in found
-            }
+            mine = share(self.selection.early, self._checkpoint.n_bytes, self._ranks)
+            everybody = together(self._ranks, lambda: self._find_early_amaxes(mine))
+            kept = {name: amax for part in everybody for name, amax in part.items()}
             if self._ranks.rank == 0:
                 folder.keep(kept)
         else:  # by an interrupted call
-            for tensor in self.selection.plan.tensors:
-                self._advance("amax", tensor)
+            for tensor in self.selection.early:
+                self._advance(AMAX, tensor)
         return {name: np.asarray(value, np.float32) for name, value in kept.items()}
 
-    def _to_search(self) -> list[TensorInfo]:
-        """The weights whose amaxes this process finds.
-
-        Those of the shards that it will write: its host then has them in memory. Of any shards where there
-        are not enough for all processes.
-        """
-        weights, shards = self.selection.plan.tensors, self.selection.shards
-        if len(shards) < self._ranks.size:
-            return share(weights, self._checkpoint.n_bytes, self._ranks)
-        mine = {tensor for file in self._to_write(list(shards)) for tensor in shards[file]}
-        return [tensor for tensor in weights if tensor in mine]
-
-    def _to_write(self, shards: Sequence[str]) -> list[str]:
-        """This process's part of them."""
-
-        def n_bytes(file: str) -> int:
-            return sum(map(self._checkpoint.n_bytes, self.selection.shards[file]))
-
-        return share(shards, n_bytes, self._ranks)
-
-    def _find_amaxes(self, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
-        def find(tensor: TensorInfo, weight: Array) -> Any:
+    def _find_early_amaxes(self, tensors: Sequence[TensorInfo]) -> dict[str, Any]:
+        def find(tensor: TensorInfo, weight: Callable[[], Array]) -> Any:
             try:
-                with naming(tensor):
-                    return nvfp4sweep.global_amax(weight, batch_dims=batch_dims(tensor)).tolist()
+                return self._amax(tensor, weight()).tolist()
             except ValueError:
                 if not self._settings.skip_bad:
                     raise
                 return None
 
         amaxes = {}
-        found = ahead(tensors, self._read, find)
-        for tensor, amax in zip(tensors, found, strict=True):
+        for tensor, amax in zip(tensors, ahead(tensors, self._read, find), strict=True):
             if amax is not None:
                 amaxes[tensor.name] = amax
-            self._advance("amax", tensor)
+            self._advance(AMAX, tensor)
         return amaxes
 
     def _read(self, tensor: TensorInfo) -> Array:
         return self._checkpoint.read(tensor, self._empty)
+
+    def _amax(self, tensor: TensorInfo, weight: Array) -> Array:
+        """The largest magnitude, or that of each expert of a stack."""
+        with naming(tensor):
+            return np.asarray(nvfp4sweep.global_amax(weight, batch_dims=batch_dims(tensor)))
 
     def _write_shards(
         self,
         folder: WorkFolder,
         entries: dict[str, list[Entry]],
         chosen: set[str],
-        amaxes: dict[str, Array],
+        early: dict[str, Array],
     ) -> None:
+        shards = self.selection.shards
+        weights = {file: [t for t in tensors if t.name in chosen] for file, tensors in shards.items()}
         # Since an interruption.
-        there = [file for file in self.selection.shards if (folder.checkpoint / file).exists()]
-        there = self._ranks.gather(there)[0]
-        for file in there:
-            for tensor in self.selection.shards[file]:
-                if tensor.name in chosen:
-                    self._advance("quantize", tensor)
-        mine = self._to_write([file for file in self.selection.shards if file not in there])
+        there = self._ranks.gather([file for file in shards if (folder.checkpoint / file).exists()])[0]
+        for step in steps([weights[file] for file in there], early):
+            self._advance(*step)
+        left = [file for file in shards if file not in there]
+        mine = share(left, lambda file: sum(map(self._checkpoint.n_bytes, shards[file])), self._ranks)
+
+        plan = steps([weights[file] for file in mine], early)
+        amaxes = Amaxes(self.selection.groups, early, {step.tensor.name for step in plan})
 
         def write() -> None:
-            weights = [
-                tensor for file in mine for tensor in self.selection.shards[file] if tensor.name in chosen
-            ]
-            made = ahead(weights, self._read, lambda t, w: self._make(t, w, amaxes[t.name]), self._workers)
+            made = self._made(plan, amaxes)
             for file in mine:
                 self._write_shard(folder, file, entries[file], chosen, made)
 
         together(self._ranks, write)
+
+    def _made(self, plan: Sequence[Step], amaxes: Amaxes) -> Iterator[_Made]:
+        """What becomes of each weight that is to be quantized, in their order."""
+
+        def do(step: Step, weight: Callable[[], Array]) -> _Made | None:
+            tensor = step.tensor
+            if step.stage == AMAX:
+                amaxes.find(tensor.name, lambda: self._amax(tensor, weight()))
+                return None
+            return self._make(tensor, weight(), amaxes.shared(tensor.name))
+
+        done = ahead(plan, lambda step: self._read(step.tensor), do, self._workers)
+        for step, made in zip(plan, done, strict=True):
+            if made is None:
+                self._advance(*step)
+            else:
+                yield made
 
     def _write_shard(
         self,
@@ -303,7 +299,7 @@ class Job:
                         shard.write(name, [np.ascontiguousarray(array).view(np.uint8).data])
                     qualities += result.qualities
                     del result
-                    self._advance("quantize", tensor)
+                    self._advance(QUANTIZE, tensor)
                 else:
                     shard.write(tensor.name, self._checkpoint.chunks(tensor))
             folder.keep_of(file, [quality.as_json() for quality in qualities])

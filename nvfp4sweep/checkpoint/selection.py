@@ -1,13 +1,10 @@
 """What is to be done with a model: which tensors become what, which share a scale, what to warn of."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from nvfp4sweep.checkpoint.folders import read_config, state_of
 from nvfp4sweep.checkpoint.importances import Importances
@@ -19,10 +16,9 @@ from nvfp4sweep.checkpoint.plan import (
     shared_groups,
 )
 from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
+from nvfp4sweep.checkpoint.report import batch_dims
 from nvfp4sweep.checkpoint.settings import Settings
 from nvfp4sweep.checkpoint.writer import Entry
-
-Array = npt.NDArray[Any]
 
 _EXCLUDED = "excluded by the caller"
 #: Of a file of the input: what transformers saved at most until its version 5, which saves ten times that.
@@ -39,6 +35,8 @@ class Selection:
         config: the model's config.json; `model_type` is of it.
         plan: which tensors are quantized, and why others are not.
         shards: the tensors of each file that is written.
+        groups: by name, the names of the weights that share its global scale, its own among them.
+        early: the weights whose largest magnitude must be known before a shard is begun.
         warnings: what may not be as the caller wants it, a sentence each.
 
     Raises:
@@ -57,6 +55,8 @@ class Selection:
             raise CheckpointError(f"{source} has no linear weight to quantize")
         if settings.strict and (uneven := self._uneven()):
             raise CheckpointError(f"{uneven[0]} has a K that 16 does not divide, and strict is set")
+        self.groups = self._groups()
+        self.early = self._early()
         self.warnings = tuple(self._warnings())
 
     def state(self) -> dict[str, Any]:
@@ -67,15 +67,6 @@ class Selection:
             "config": self.config,
         }
         return state_of(self.checkpoint, arguments)
-
-    def shared(self, amaxes: dict[str, Array]) -> dict[str, Array]:
-        """The global amaxes to use, from each tensor's own: what the groups share."""
-        shared = dict(amaxes)
-        for group in shared_groups(list(amaxes), self.settings.groups):
-            if len({amaxes[name].shape for name in group}) > 1:
-                raise CheckpointError(f"{group[0]} and {group[-1]} share a scale, but not their experts")
-            shared.update(dict.fromkeys(group, np.asarray(np.max([amaxes[name] for name in group], axis=0))))
-        return shared
 
     def ignored(self, skipped: dict[str, tuple[str, ...]]) -> tuple[str, ...]:
         """The layers with a matrix that is not quantized."""
@@ -93,6 +84,23 @@ class Selection:
             for matrix in matrices(tensor, self.model_type)
             for entry in self.settings.layout.entries(matrix.module, matrix.shape, with_input)
         ]
+
+    def _groups(self) -> dict[str, tuple[str, ...]]:
+        experts = {tensor.name: tensor.shape[: batch_dims(tensor)] for tensor in self.plan.tensors}
+        groups: dict[str, tuple[str, ...]] = {name: (name,) for name in experts}
+        for group in shared_groups(list(experts), self.settings.groups):
+            if len({experts[name] for name in group}) > 1:
+                raise CheckpointError(f"{group[0]} and {group[-1]} share a scale, but not their experts")
+            groups.update(dict.fromkeys(group, group))
+        return groups
+
+    def _early(self) -> Sequence[TensorInfo]:
+        """Those that share a scale across shards. All, where one that is not finite is to be left as it is: a
+        shard begins with the names of what is in it."""
+        if self.settings.skip_bad:
+            return self.plan.tensors
+        file_of = {tensor.name: file for file, tensors in self.shards.items() for tensor in tensors}
+        return [t for t in self.plan.tensors if len({file_of[name] for name in self.groups[t.name]}) > 1]
 
     def _reason_to_skip(self, tensor: TensorInfo) -> str | None:
         included = any(re.search(pattern, tensor.name) for pattern in self.settings.include)
