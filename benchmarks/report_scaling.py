@@ -9,8 +9,7 @@ import numpy as np
 from benchmarks.checkpoint_model import LLAMA_70B, layer_of
 from benchmarks.checkpoint_model import shards as benchmark_shards
 from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape
-from benchmarks.scaling import Cluster, Rates, Shard, Spent, Tensor, faster, simulate
-from nvfp4sweep.checkpoint.ranks import shares
+from benchmarks.scaling import Cluster, Rates, Shard, Spent, Tensor, faster, shards_of_each, simulate
 from nvfp4sweep.checkpoint.selection import SHARD_BYTES
 
 _GB = 1e9
@@ -269,9 +268,8 @@ def _checkpoints(entry: Row, search: float) -> str:
 
 def _largest_part(model: Sequence[Shard], processes: int) -> float:
     """Of the quantized bytes, as processes share shards."""
-    n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in model]
     weights = [sum(tensor.n_bytes for tensor in shard if tensor.quantized) for shard in model]
-    of_each = shares(range(len(model)), n_bytes.__getitem__, processes)
+    of_each = shards_of_each(model, processes)
     return max(sum(weights[i] for i in mine) for mine in of_each) / sum(weights)
 
 

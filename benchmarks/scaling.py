@@ -8,6 +8,7 @@ too. So the simulation says how steps overlap and queue, and nothing about what 
 import dataclasses
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import simpy
@@ -106,6 +107,12 @@ class _Host:
         self.processes = [_Process(env, devices) for _ in range(processes)]
 
 
+def shards_of_each(model: Sequence[Shard], processes: int) -> list[list[int]]:
+    """Which are each process's, as checkpoint.quantizer shares them."""
+    n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in model]
+    return shares(range(len(model)), n_bytes.__getitem__, processes)
+
+
 def simulate(model: Sequence[Shard], cluster: Cluster) -> Spent:
     """Quantize the shards of a model."""
     return _Run(model, cluster).spent()
@@ -118,21 +125,20 @@ class _Run:
         self._hosts = [_Host(self._env, cluster.processes, cluster.devices) for _ in range(cluster.hosts)]
 
     def spent(self) -> Spent:
-        n_bytes = [sum(tensor.n_bytes for tensor in shard) for shard in self._model]
         size = self._cluster.hosts * self._cluster.processes
-        of_each = shares(range(len(self._model)), n_bytes.__getitem__, size)
+        weights = [
+            [(i, j) for j, tensor in enumerate(shard) if tensor.quantized]
+            for i, shard in enumerate(self._model)
+        ]
         if self._cluster.skip_bad:
-            weights = [(i, j) for i, shard in enumerate(self._model) for j in self._weights(i)]
-            for rank, mine in enumerate(shares(weights, self._size, size)):
+            for rank, mine in enumerate(shares([*chain(*weights)], self._size, size)):
                 self._start(rank, [(AMAX, place) for place in mine], [], 1)
             self._env.run()
         before = self._env.now
-        for rank, shards in enumerate(of_each):
-            plan = [
-                (stage, place)
-                for stage, place in by_turns([[(i, j) for j in self._weights(i)] for i in shards])
-                if stage == QUANTIZE or not self._cluster.skip_bad
-            ]
+        for rank, shards in enumerate(shards_of_each(self._model, size)):
+            plan = [*by_turns([weights[i] for i in shards])]
+            if self._cluster.skip_bad:
+                plan = [step for step in plan if step[0] == QUANTIZE]
             self._start(rank, plan, shards, 2 * self._cluster.devices)
         self._env.run()
         processes = [process for host in self._hosts for process in host.processes]
@@ -143,9 +149,6 @@ class _Run:
             "device": max(device.busy for process in processes for device in process.devices),
         }
         return Spent(self._env.now, before, busy)
-
-    def _weights(self, shard: int) -> list[int]:
-        return [j for j, tensor in enumerate(self._model[shard]) if tensor.quantized]
 
     def _start(self, rank: int, plan: list[_Step], shards: Sequence[int], workers: int) -> None:
         host, process = divmod(rank, self._cluster.processes)
@@ -190,25 +193,25 @@ class _Run:
                     yield from process.cores.serve(size / rates.report)
             done[step].succeed()
 
-        def taken() -> Generator[Any, Any, _Step]:
-            """The next result, once it is there."""
-            step = next(results)
-            yield done[step]
-            yield room.put(1)
-            return step
-
         self._env.process(read())
         results = iter(plan)
+
+        def take(last: _Step | None = None) -> Generator[Any, Any, None]:
+            """The next results, once they are there: to this one, or all."""
+            for step in results:
+                yield done[step]
+                yield room.put(1)
+                if step == last:
+                    return
+
         for i in shards:
             for j, tensor in enumerate(self._model[i]):
                 if tensor.quantized:
-                    while (yield from taken()) != (QUANTIZE, (i, j)):
-                        pass
+                    yield from take((QUANTIZE, (i, j)))
                 else:
                     yield from host.reader.serve(tensor.n_bytes / rates.read)
                 yield from host.writer.serve(tensor.written / rates.write)
-        for _ in range(0 if shards else len(plan)):
-            yield from taken()
+        yield from take()
 
 
 def faster(rates: Rates, names: Iterable[str], times: float) -> Rates:
