@@ -24,7 +24,8 @@ from nvfp4sweep.checkpoint.settings import Settings, check_patterns
 from nvfp4sweep.checkpoint.verifier import Errors, Verifier
 from nvfp4sweep.cli_common import add_bar, progress_bars, refusing, require, resolve_devices, to_torch
 from nvfp4sweep.cli_ranks import device_of_rank, ranks_of_environment
-from nvfp4sweep.formats import MAX_CODE, MIN_CODE
+from nvfp4sweep.formats import MIN_CODE
+from nvfp4sweep.problem import check_min_code
 
 _MOST_PINNED = 2**30  # bytes of a tensor
 
@@ -195,8 +196,8 @@ def _check_layout(layout: str) -> None:
 
 
 def _check_min_code(min_code: int) -> None:
-    if not MIN_CODE <= min_code <= MAX_CODE:
-        raise typer.BadParameter(f"{min_code} must lie in {MIN_CODE} .. {MAX_CODE}", param_hint="--min-code")
+    with refusing("--min-code", ValueError):
+        check_min_code(min_code)
 
 
 def verify(

@@ -20,6 +20,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "F16": np.float16,
     "BF16": ml_dtypes.bfloat16,
 }
+#: As numpy.empty: gives an array of a shape and a dtype.
 Empty = Callable[[tuple[int, ...], npt.DTypeLike], npt.NDArray[Any]]
 INDEX_NAME = "model.safetensors.index.json"
 _CHUNK = 1 << 24
