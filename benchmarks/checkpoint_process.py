@@ -23,7 +23,7 @@ import numpy as np
 import nvfp4sweep
 from nvfp4sweep.checkpoint import Settings, numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.baselines import scale_errors
-from nvfp4sweep.checkpoint.quantizer import Array, Engine, Packed
+from nvfp4sweep.checkpoint.engines import Array, Engine, Packed
 from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.cli_checkpoint import empty_for, torch_engine

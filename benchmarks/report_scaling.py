@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.checkpoint_model import LLAMA_70B, layer_of
-from benchmarks.checkpoint_model import shards as benchmark_shards
 from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape
-from benchmarks.scaling import Cluster, Rates, Shard, Spent, Tensor, faster, shards_of_each, simulate
+from benchmarks.scaling import Cluster, Rates, Shard, Spent, faster, shards_of_each, simulate
+from benchmarks.scaling_models import MODELS, benchmark_model
 from nvfp4sweep.checkpoint.selection import SHARD_BYTES
 
 _GB = 1e9
@@ -32,38 +31,6 @@ _STORAGE = {
 #: Of one host with a network of 100 Gbit/s.
 _OBJECT_STORAGE = 8.0 * _GB
 _OBJECT_STORAGE_SOURCE = "https://github.com/dvassallo/s3-benchmark"
-
-
-def _files(tensors: Iterable[Tensor]) -> list[Shard]:
-    """Shards of at most SHARD_BYTES, in the order of the tensors."""
-    files: list[list[Tensor]] = [[]]
-    for tensor in tensors:
-        if files[-1] and sum(t.n_bytes for t in files[-1]) + tensor.n_bytes > SHARD_BYTES:
-            files.append([])
-        files[-1].append(tensor)
-    return [tuple(file) for file in files]
-
-
-def _matrix(rows: int, columns: int, *, of: int = 1, quantized: bool = True) -> Tensor:
-    return Tensor(2 * rows * columns * of, quantized)
-
-
-def _llama_70b() -> list[Shard]:
-    """Llama 3 70B; what is small beside its matrices is left out."""
-    layer = [_matrix(*shape) for shape in layer_of(LLAMA_70B, 0).values() if len(shape) == 2]
-    embedding = _matrix(LLAMA_70B.vocabulary, LLAMA_70B.hidden, quantized=False)
-    return _files([embedding, *layer * 80, embedding])
-
-
-def _experts_1t() -> list[Shard]:
-    """The experts and the vocabulary of Kimi K2; what is small beside them is left out."""
-    hidden, intermediate, experts, layers, vocabulary, together = 7168, 2048, 384, 60, 163840, 16
-    layer = [_matrix(intermediate, hidden, of=together)] * (3 * experts // together)
-    embedding = _matrix(vocabulary, hidden, quantized=False)
-    return _files([embedding, *layer * layers, embedding])
-
-
-_MODELS = {"70B": _llama_70b, "1T": _experts_1t}
 
 
 # --- the page -------------------------------------------------------------------------------------------
@@ -208,15 +175,8 @@ def _rates(entry: Row) -> Rates:
     return Rates(**of_weights, write=entry["output_bytes"] / seconds["write"])
 
 
-def _benchmark_model(layers: int) -> list[Shard]:
-    return [
-        tuple(Tensor(n_bytes, "_proj" in name) for name, n_bytes in shard.items())
-        for shard in benchmark_shards(layers)
-    ]
-
-
 def _checkpoints(entry: Row, search: float) -> str:
-    model, rates = _benchmark_model(entry["layers"]), _rates(entry)
+    model, rates = benchmark_model(entry["layers"]), _rates(entry)
     runs = sorted(entry["runs"], key=lambda row: (row["devices"], row["processes"]))
     alone = next(row for row in runs if row["devices"] == 1)
     # Before there were turns all amaxes were found first, as --skip-bad does it.
@@ -274,7 +234,7 @@ def _largest_part(model: Sequence[Shard], processes: int) -> float:
 
 
 def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
-    model, rates = _benchmark_model(entry["layers"]), _rates(entry)
+    model, rates = benchmark_model(entry["layers"]), _rates(entry)
     steps = {
         "reading, from the disk": (rates.read, "disk"),
         "reading, from the page cache": (rates.read_cached, "one core"),
@@ -309,7 +269,7 @@ def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
 
 def _projections(entry: Row) -> str:
     measured = _rates(entry)
-    models = {name: make() for name, make in _MODELS.items()}
+    models = {name: make() for name, make in MODELS.items()}
     lines: dict[str, list[str]] = {}
     for name, model in models.items():
         n_bytes = sum(tensor.n_bytes for shard in model for tensor in shard)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from nvfp4sweep.checkpoint import quantizer
 from nvfp4sweep.checkpoint.converter import convert_checkpoint
+from nvfp4sweep.checkpoint.engines import Engine, Packed, numpy_engine
 from nvfp4sweep.checkpoint.folders import read_config
 from nvfp4sweep.checkpoint.layouts import LAYOUTS, MODELOPT
 from nvfp4sweep.checkpoint.passes import STAGES
@@ -68,7 +69,7 @@ def quantize(
     _check_min_code(min_code)
     ranks = ranks_of_environment()
     devices = device_of_rank(resolve_devices(device), ranks)
-    engines = [quantizer.numpy_engine if name == "cpu" else torch_engine(name) for name in devices]
+    engines = [numpy_engine if name == "cpu" else torch_engine(name) for name in devices]
     with refusing("IN_DIR OUT_DIR", ValueError, OSError), progress_bars(quiet=ranks.rank > 0) as progress:
         settings = Settings(
             LAYOUTS[layout], input_scale, tuple(include or ()), tuple(exclude or ()), tuple(group or ()),
@@ -97,7 +98,7 @@ def _print_written(written: quantizer.Written, target: Path) -> None:
     typer.echo(f"What the scales are worth: {target / PAGE_NAME}")
 
 
-def torch_engine(device: str) -> quantizer.Engine:
+def torch_engine(device: str) -> Engine:
     """Searches on this device of PyTorch's."""
     torch, package = require("torch", "--device"), require("nvfp4sweep_torch", "--device")
     torch.empty(1, device=device)  # else pinned memory would take a context on the first GPU
@@ -107,12 +108,12 @@ def torch_engine(device: str) -> quantizer.Engine:
         amax: np.float32,
         importance: npt.NDArray[Any] | None,
         min_code: int,
-    ) -> quantizer.Packed:
+    ) -> Packed:
         weighing = None if importance is None else to_torch(importance, device)
         found = package.quantize(
             to_torch(matrix, device), global_amax=float(amax), importance=weighing, min_code=min_code
         )
-        return quantizer.Packed(
+        return Packed(
             to_host(found.packed), to_host(found.scale.view(torch.uint8)), to_host(found.global_scale)
         )
 

@@ -27,9 +27,10 @@ from typer.testing import CliRunner
 
 from nvfp4sweep import cli, cli_checkpoint, formats
 from nvfp4sweep.checkpoint import quantizer, selection
+from nvfp4sweep.checkpoint.engines import Engine, Packed, numpy_engine
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
-from nvfp4sweep.checkpoint.quantizer import numpy_engine, quantize_checkpoint
+from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
 from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.settings import Settings
@@ -307,7 +308,7 @@ def test_errors_are_counted_while_the_next_tensor_is_searched(
     engine_calls, error_calls = itertools.count(), itertools.count()
     scale_errors = quantizer.scale_errors
 
-    def engine(*arguments: Any) -> quantizer.Packed:
+    def engine(*arguments: Any) -> Packed:
         if next(engine_calls) == 1:
             both.wait()
         return numpy_engine(*arguments)
@@ -346,7 +347,7 @@ def test_tensors_in_memory(
             beyond.set()
         return read(checkpoint, tensor, *empty)
 
-    def engine(*arguments: Any) -> quantizer.Packed:
+    def engine(*arguments: Any) -> Packed:
         if not held.is_set():
             held.set()
             assert full.wait(30)
@@ -370,7 +371,7 @@ def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_
     monkeypatch.setattr(selection, "SHARD_BYTES", 9000)
     calls = itertools.count()
 
-    def engine(*arguments: Any) -> quantizer.Packed:
+    def engine(*arguments: Any) -> Packed:
         if next(calls) in (1, 9, 16):
             raise KeyboardInterrupt
         return numpy_engine(*arguments)
@@ -412,8 +413,8 @@ def test_goes_on(model: Path, tmp_path: Path) -> None:
     quantize_checkpoint(model, tmp_path / "whole")
     calls = 0
 
-    def failing(limit: int) -> quantizer.Engine:
-        def engine(*arguments: Any) -> quantizer.Packed:
+    def failing(limit: int) -> Engine:
+        def engine(*arguments: Any) -> Packed:
             nonlocal calls
             calls += 1
             if calls > limit:
@@ -452,7 +453,7 @@ def _interrupt(folder: Path) -> None:
     raise KeyboardInterrupt
 
 
-def _slow_engine(*arguments: Any) -> quantizer.Packed:
+def _slow_engine(*arguments: Any) -> Packed:
     time.sleep(0.01)
     return numpy_engine(*arguments)
 

@@ -2,14 +2,15 @@
 
 The way of the data: `reader` lists and reads tensors, `plan` chooses the linear weights and the groups that
 share a global amax, and `selection` says with `settings` what becomes of a model. From there `quantizer` goes
-on with `pipeline`, `ranks`, `importances`, `layouts`, `writer` and `folders` to a checkpoint, with `quality`
-beside it. `verifier` checks one, and `converter` and `rescaler` change one through `rewriter`. `baselines`
-has the errors of the usual scales, for `quality` and for `report`'s rows and `plot`.
+on with `passes`, `pipeline`, `engines`, `ranks`, `importances`, `layouts`, `writer` and `folders` to a
+checkpoint, with `quality` beside it. `verifier` checks one, and `converter` and `rescaler` change one through
+`rewriter`. `baselines` has the errors of the usual scales, for `quality` and for `report`'s rows and `plot`.
 """
 
 from nvfp4sweep.checkpoint.converter import Converted, convert_checkpoint
+from nvfp4sweep.checkpoint.engines import numpy_engine
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
-from nvfp4sweep.checkpoint.quantizer import Written, numpy_engine, quantize_checkpoint
+from nvfp4sweep.checkpoint.quantizer import Written, quantize_checkpoint
 from nvfp4sweep.checkpoint.ranks import Ranks
 from nvfp4sweep.checkpoint.reader import CheckpointError
 from nvfp4sweep.checkpoint.rescaler import Rescaled, rescale_groups

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 import nvfp4sweep
 from nvfp4sweep.checkpoint.baselines import scale_errors
+from nvfp4sweep.checkpoint.engines import Engine, numpy_engine
 from nvfp4sweep.checkpoint.folders import CONFIG_NAME, WorkFolder, check_apart, copy_others, write_index
 from nvfp4sweep.checkpoint.passes import AMAX, QUANTIZE, Amaxes, Step, steps
 from nvfp4sweep.checkpoint.pipeline import ahead
@@ -36,30 +37,8 @@ Array = npt.NDArray[Any]
 _NOT_FINITE = "NaN or infinity"
 
 
-class Packed(NamedTuple):
-    """A matrix in NVFP4, on the host.
-
-    Attributes:
-        packed: uint8 [N, K / 2].
-        scale: float8_e4m3fn [N, K / 16], or its bytes.
-        global_scale: the multiplier, float32 [].
-    """
-
-    packed: Array
-    scale: Array
-    global_scale: Array
-
-
-#: (matrix [N, K], global amax, importance [K] or None, min_code) -> Packed
-Engine = Callable[[Array, np.float32, Array | None, int], Packed]
 #: Called with one of STAGES and a tensor that has passed it.
 Advance = Callable[[str, TensorInfo], None]
-
-
-def numpy_engine(matrix: Array, amax: np.float32, importance: Array | None, min_code: int) -> Packed:
-    found = nvfp4sweep.quantize(matrix, global_amax=amax, importance=importance, min_code=min_code)
-    return Packed(found.packed, found.scale, np.asarray(found.global_scale))
-
 
 _DEFAULT = Settings()
 
