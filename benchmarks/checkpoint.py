@@ -166,7 +166,6 @@ def _measure_all(folder: Path, layers: int, devices: Sequence[str], runs: Sequen
         "output_bytes": _n_bytes(out),
         "weight_bytes": sum(map(selection.checkpoint.n_bytes, selection.plan.tensors)),
         "blocks_compared": blocks,
-        "passes_by_turns": True,
         "parts_seconds": parts(selection, out, devices[0]),
         "runs": rows,
     }

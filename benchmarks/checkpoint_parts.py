@@ -3,7 +3,8 @@
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from benchmarks.checkpoint_process import warm_engine
 from nvfp4sweep.checkpoint.baselines import scale_errors
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.cli_checkpoint import empty_for
+
+_NOISE = memoryview(np.random.default_rng(0).bytes(1 << 24))
 
 
 class _Clock:
@@ -84,18 +87,33 @@ def parts(selection: Selection, out: Path, device: str) -> dict[str, float]:
             clock.add("quantize")
             scale_errors(weight, code, np.asarray(amax))
             clock.add("report")
+    sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
+    written = out.with_name("written")
     with step("write"):
-        written = out.with_name("written")
-        for path in filter(Path.is_file, out.rglob("*")):
-            content = path.read_bytes()
-            clock.start()
-            with written.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            clock.add("write")
-            written.unlink()
+        _write_all(written, sizes, clock)
+    forget(selection.source)
+    with step("read while it writes"), ThreadPoolExecutor(1) as writer:
+        clock.start()
+        writing = writer.submit(_write_all, written, sizes, _Clock())
+        for tensor in weights:
+            checkpoint.read(tensor, empty)
+        writing.result()
+        clock.add("read_while_writing")
+    written.unlink()
     return {name: round(seconds, 3) for name, seconds in clock.seconds.items()}
+
+
+def _write_all(path: Path, sizes: Sequence[int], clock: _Clock) -> None:
+    """Files of these sizes, one in place of the other."""
+    for size in sizes:
+        clock.start()
+        with path.open("wb") as stream:
+            for start in range(0, size, len(_NOISE)):
+                stream.write(_NOISE[: size - start])
+            stream.flush()
+            clock.add("write")
+            os.fsync(stream.fileno())
+            clock.add("sync")
 
 
 def _copy(source: Path, target: Path) -> None:

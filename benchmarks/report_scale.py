@@ -22,7 +22,8 @@ _PARTS = {
     "amax": ("their global amaxes, on the CPU", "weight_bytes"),
     "quantize": ("to the engine, search, pack, and back", "weight_bytes"),
     "report": ("the report's errors, on the CPU", "weight_bytes"),
-    "write": ("the result written", "output_bytes"),
+    "write": ("the result written to the page cache", "output_bytes"),
+    "sync": ("fsync of the result", "output_bytes"),
     "copy": ("the input's files copied", "input_bytes"),
 }
 

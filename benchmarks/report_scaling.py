@@ -13,8 +13,8 @@ from nvfp4sweep.checkpoint.selection import SHARD_BYTES
 
 _GB = 1e9
 _RESOURCES = {
-    "disk's reading": ("read",),
-    "disk's writing": ("write",),
+    "disk": ("read", "sync"),
+    "copies by the system": ("read_cached", "write"),
     "cores": ("amax", "report"),
     "device": ("quantize",),
 }
@@ -23,7 +23,7 @@ _RESOURCES = {
 
 _GPUS_A_HOST = 8
 _HOSTS = (1, 8)
-#: Bytes a second that a file system gives each host: reading, writing. None is the measured disk's.
+#: Bytes a second that a file system gives each host, which reads or writes. None is the measured disk's.
 _STORAGE = {
     "the disk as measured": None,
     "10 GB/s reading, 5 GB/s writing": (10 * _GB, 5 * _GB),
@@ -67,19 +67,16 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 {table}
 
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
-not know what steps that go on at the same time cost each other. Several processes are faster than one with as many GPUs
-for the report: each adds up the errors of its own tensors.
-{before_turns}
-An engine is at work for {busy} of the time of one GPU's run: copies to the GPU and back, and the sweep, which takes
-{search} of the engine's time by itself. Of one GPU a process the runs fit {own:.2f} s that each process takes whatever its
-part, such as for memory that it pins for its first tensors, and {shared:.2f} s for all weights, which they divide.
-They divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards hold what
-is copied. By this fit the speed-up would be that without a process's own time.
-"""  # noqa: E501
+not know what steps that go on at the same time cost each other, but that the disk reads or writes: to read the weights
+and to write the result at the same time took {both:.1f} s, {apart:.1f} one after the other. Several processes are faster
+than one with as many GPUs for the report: each adds up the errors of its own tensors.
 
-_BEFORE_TURNS = """
-These runs found all global amaxes before the first shard was begun, as `--skip-bad` still does. Since then a shard is
-searched for its amaxes while the one before is quantized: by turns, in the last column, which is not measured yet.
+All engines at once: the sum of their rates, each the median over its largest matrices, which is what divides when GPUs
+are added. The busiest engine: how long it was at work in all, copies to the GPU and back included. That is {busy} of the
+time of one GPU's run, so what each process takes whatever its part shows: of one GPU a process the runs fit {own:.2f} s
+for that, such as for memory that it pins for its first tensors, and {shared:.2f} s for all weights, which they
+divide. They divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards
+hold what is copied. The sweep takes {search} of one engine's time.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -106,7 +103,8 @@ Assumed, beside the rates measured above:
 
 - hosts of {gpus} GPUs and a process for each, which has cores and memory bandwidth of its own for its amaxes and
   reports, as one process of the measured host had ({host}, {devices} GPUs);
-- one file system that all hosts see, and that gives each of them these rates however many they are;
+- one file system that all hosts see, and that gives each of them these rates however many they are, for reading or
+  for writing;
 - bfloat16 input in shards of {shard:.0f} GB, to which larger ones are cut. 70B has the shapes of Llama 3 70B, {files_70b} shards.
   1T has the experts and the vocabulary of Kimi K2 (its config.json: 60 layers of 384 experts, 7168 by 2048), {files_1t}
   shards; 16 experts count as one tensor;
@@ -170,30 +168,28 @@ def _experts(by_number: dict[int, Row]) -> str:
 
 def _rates(entry: Row) -> Rates:
     seconds, weights = entry["parts_seconds"], entry["weight_bytes"]
-    names = ("read", "read_cached", "amax", "quantize", "report")
-    of_weights = {name: weights / seconds[name] for name in names}
-    return Rates(**of_weights, write=entry["output_bytes"] / seconds["write"])
+    of_weights = {
+        name: weights / seconds[name] for name in ("read", "read_cached", "amax", "quantize", "report")
+    }
+    of_output = {name: entry["output_bytes"] / seconds[name] for name in ("write", "sync")}
+    return Rates(**of_weights, **of_output)
 
 
 def _checkpoints(entry: Row, search: float) -> str:
-    model, rates = benchmark_model(entry["layers"]), _rates(entry)
+    model, rates, seconds = benchmark_model(entry["layers"]), _rates(entry), entry["parts_seconds"]
     runs = sorted(entry["runs"], key=lambda row: (row["devices"], row["processes"]))
     alone = next(row for row in runs if row["devices"] == 1)
-    # Before there were turns all amaxes were found first, as --skip-bad does it.
-    simulations = [False] if entry.get("passes_by_turns") else [True, False]
     cells = {}
     for row in runs:
         processes, devices = row["processes"], row["devices"] // row["processes"]
-        simulated = [
-            simulate(model, Cluster(rates, processes=processes, devices=devices, skip_bad=skip_bad)).seconds
-            for skip_bad in simulations
-        ]
+        simulated = simulate(model, Cluster(rates, processes=processes, devices=devices)).seconds
+        rate = row["all_engines_bytes_per_second"]
         cells[f"{processes} x {devices}"] = [
-            f"{row['seconds']:.1f}",
+            f"{row['seconds']:.1f}, {_percent(row['seconds'] / seconds['copy'])}",
             f"{1e12 * row['seconds'] / entry['input_bytes']:.0f}",
+            f"{rate / _GB:.1f}, {rate / alone['all_engines_bytes_per_second']:.2f}",
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
-            f"{simulated[0]:.1f}, {_percent(simulated[0] / row['seconds'] - 1, '+')}",
-            *(f"{seconds:.1f}" for seconds in simulated[1:]),
+            f"{simulated:.1f}, {_percent(simulated / row['seconds'] - 1, '+')}",
         ]
     # The largest part of the weights that a process has, by the number of processes with a GPU each.
     single = [row for row in runs if row["devices"] == row["processes"]]
@@ -201,11 +197,11 @@ def _checkpoints(entry: Row, search: float) -> str:
     shared, own = np.polyfit([*parts.values()], [row["engine_seconds"] for row in single], 1)
     head = [
         "processes x GPUs each",
-        "seconds",
+        "seconds, of a copy's",
         "ps a byte of input",
+        "all engines at once: GB/s, speed-up",
         "busiest engine: s, speed-up",
         "simulated, s",
-        *(["simulated by turns, s"] if simulations[1:] else []),
     ]
     return _CHECKPOINTS.format(
         device=entry["device"],
@@ -213,10 +209,11 @@ def _checkpoints(entry: Row, search: float) -> str:
         shards=len(model),
         input=entry["input_bytes"] / _GB,
         output=entry["output_bytes"] / _GB,
-        copy=entry["parts_seconds"]["copy"],
+        copy=seconds["copy"],
         run=run(entry),
         table="\n".join(plain_table(head, cells)),
-        before_turns=_BEFORE_TURNS if simulations[1:] else "",
+        both=seconds["read_while_writing"],
+        apart=seconds["read"] + seconds["write"] + seconds["sync"],
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
         search=f"{100 * rates.quantize / search:.1f} %",
         own=own,
@@ -242,7 +239,8 @@ def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
         "search and pack, with copies": (rates.quantize, "link of the host, a step at a time"),
         f"of that the sweep itself, {swept_by}": (search, "arithmetic"),
         "the report's errors, all cores": (rates.report, "arithmetic of the cores"),
-        "writing and fsync, of the output": (rates.write, "disk"),
+        "writing the output to the page cache": (rates.write, "one core"),
+        "fsync of the output": (rates.sync, "disk"),
     }
     times = cuda["bfloat16"]["device"]
     tenfold = {
@@ -277,9 +275,7 @@ def _projections(entry: Row) -> str:
         for hosts in _HOSTS:
             for storage, given in _STORAGE.items():
                 rates = (
-                    measured
-                    if given is None
-                    else dataclasses.replace(measured, read=given[0], write=given[1])
+                    measured if given is None else dataclasses.replace(measured, read=given[0], sync=given[1])
                 )
                 found = simulate(model, Cluster(rates, hosts, _GPUS_A_HOST))
                 lines[f"{name}, {n_bytes / 1e12:.2f} TB, {hosts * _GPUS_A_HOST} GPUs: {storage}"] = [

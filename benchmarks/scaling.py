@@ -1,12 +1,13 @@
 """A simulation of `nvfp4sweep quantize`: its steps, who waits for whom, and what they share.
 
 Each step of a tensor takes its bytes divided by a rate that benchmarks.checkpoint measured. Processes of a
-host share its disk, one tensor at a time; each has its own cores and devices, which take one tensor at a time
-too. So the simulation says how steps overlap and queue, and nothing about what a rate becomes under load.
+host share its disk, which reads a tensor or takes a file, one at a time; each has its own cores and devices,
+which take one tensor at a time too. So the simulation says how steps overlap and queue, and nothing about
+what a rate becomes under load.
 """
 
 import dataclasses
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 import simpy
 
 from nvfp4sweep.checkpoint.passes import AMAX, QUANTIZE, by_turns
+from nvfp4sweep.checkpoint.pipeline import READERS
 from nvfp4sweep.checkpoint.ranks import shares
 
 # Of a 16-bit weight's bytes what is written: four bits an element, and a byte for 16 of them.
@@ -33,17 +35,29 @@ class Tensor(NamedTuple):
 
 
 Shard = tuple[Tensor, ...]
-_Place = tuple[int, int]  # a shard, and a tensor in it
-_Step = tuple[str, _Place]
+_Events = Generator[Any, Any, None]
+
+
+class _Weight(NamedTuple):
+    """A tensor that is quantized, and what happens when its amax is found."""
+
+    tensor: Tensor
+    found: simpy.Event
+
+
+class _Step(NamedTuple):
+    stage: str
+    weight: _Weight
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes a second: of weights as they are stored, and for `write` of what is written.
+    """Bytes a second: of weights as they are stored, and for `write` and `sync` of what is written.
 
     Attributes:
-        read, write: of a host's disk.
-        read_cached: the second time, of what the host still has in memory, a process.
+        read, sync: of a host's disk: it reads, or takes what was written.
+        read_cached: the second time, of what the host still has in memory, a thread.
+        write: of a process, to memory of the system.
         amax, report: of a process: the first pass's arithmetic, and the report's.
         quantize: of a device: to it, search, pack, and back.
     """
@@ -54,6 +68,7 @@ class Rates:
     quantize: float
     report: float
     write: float
+    sync: float
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,7 @@ class _Server:
         self._env, self._queue = env, simpy.Resource(env)
         self.busy = 0.0
 
-    def serve(self, seconds: float) -> Generator[Any, Any, None]:
+    def serve(self, seconds: float) -> _Events:
         with self._queue.request() as turn:
             yield turn
             yield self._env.timeout(seconds)
@@ -96,15 +111,81 @@ class _Server:
 
 
 class _Process:
-    def __init__(self, env: simpy.Environment, devices: int) -> None:
-        self.cores = _Server(env)
-        self.devices = [_Server(env) for _ in range(devices)]
+    """Cores and devices, and which steps and shards are its own."""
 
+    def __init__(
+        self, env: simpy.Environment, model: Sequence[Shard], cluster: Cluster, disk: _Server
+    ) -> None:
+        self._env, self._model, self._cluster, self._rates = env, model, cluster, cluster.rates
+        self.disk, self.cores = disk, _Server(env)
+        self.devices = [_Server(env) for _ in range(cluster.devices)]
+        self._idle_devices = simpy.Store(env)
+        self._idle_devices.items.extend(self.devices)
 
-class _Host:
-    def __init__(self, env: simpy.Environment, processes: int, devices: int) -> None:
-        self.reader, self.writer = _Server(env), _Server(env)
-        self.processes = [_Process(env, devices) for _ in range(processes)]
+    def start(self, plan: Sequence[_Step], shards: Sequence[int], workers: int) -> None:
+        """Goes through the steps as pipeline.ahead does, and writes the shards as quantizer.Job does."""
+        self._room = simpy.Container(self._env, init=workers)
+        self._readers = simpy.Resource(self._env, READERS)
+        self._workers = simpy.Resource(self._env, workers)
+        steps = [(step, self._env.event()) for step in plan]
+        self._env.process(self._go_ahead(steps))
+        self._env.process(self._write(iter(steps), shards))
+
+    def _go_ahead(self, steps: Sequence[tuple[_Step, simpy.Event]]) -> _Events:
+        for step, done in steps:
+            yield self._room.get(1)
+            self._env.process(self._compute(step, self._env.process(self._read(step)), done))
+
+    def _read(self, step: _Step) -> _Events:
+        # After a first pass of its own, most of what a host reads is what others have read before.
+        in_memory = not self._cluster.skip_bad or self._cluster.hosts == 1
+        with self._readers.request() as turn:
+            yield turn
+            if step.stage == QUANTIZE and in_memory:
+                yield self._env.timeout(step.weight.tensor.n_bytes / self._rates.read_cached)
+            else:
+                yield from self.disk.serve(step.weight.tensor.n_bytes / self._rates.read)
+
+    def _compute(self, step: _Step, coming: simpy.Event, done: simpy.Event) -> _Events:
+        n_bytes = step.weight.tensor.n_bytes
+        with self._workers.request() as turn:
+            yield turn
+            yield coming
+            if step.stage == AMAX:
+                yield from self.cores.serve(n_bytes / self._rates.amax)
+                step.weight.found.succeed()
+            else:
+                yield step.weight.found
+                device = yield self._idle_devices.get()
+                yield from device.serve(n_bytes / self._rates.quantize)
+                yield self._idle_devices.put(device)
+                yield from self.cores.serve(n_bytes / self._rates.report)
+        done.succeed()
+
+    def _write(self, steps: Iterator[tuple[_Step, simpy.Event]], shards: Sequence[int]) -> _Events:
+        finished: simpy.Event = self._env.timeout(0)
+        for i in shards:
+            left = sum(tensor.quantized for tensor in self._model[i])
+            while left:
+                step, done = next(steps)
+                yield self._room.put(1)
+                yield done
+                if step.stage == QUANTIZE:
+                    yield self._env.timeout(step.weight.tensor.written / self._rates.write)
+                    left -= 1
+            yield finished
+            finished = self._env.process(self._finish(self._model[i]))
+        for _, done in steps:  # where nothing is written yet
+            yield self._room.put(1)
+            yield done
+        yield finished
+
+    def _finish(self, shard: Shard) -> _Events:
+        for tensor in shard:
+            if not tensor.quantized:
+                yield from self.disk.serve(tensor.n_bytes / self._rates.read)
+                yield self._env.timeout(tensor.written / self._rates.write)
+        yield from self.disk.serve(sum(tensor.written for tensor in shard) / self._rates.sync)
 
 
 def shards_of_each(model: Sequence[Shard], processes: int) -> list[list[int]]:
@@ -115,103 +196,28 @@ def shards_of_each(model: Sequence[Shard], processes: int) -> list[list[int]]:
 
 def simulate(model: Sequence[Shard], cluster: Cluster) -> Spent:
     """Quantize the shards of a model."""
-    return _Run(model, cluster).spent()
-
-
-class _Run:
-    def __init__(self, model: Sequence[Shard], cluster: Cluster) -> None:
-        self._model, self._rates, self._cluster = model, cluster.rates, cluster
-        self._env = simpy.Environment()
-        self._hosts = [_Host(self._env, cluster.processes, cluster.devices) for _ in range(cluster.hosts)]
-
-    def spent(self) -> Spent:
-        size = self._cluster.hosts * self._cluster.processes
-        weights = [
-            [(i, j) for j, tensor in enumerate(shard) if tensor.quantized]
-            for i, shard in enumerate(self._model)
-        ]
-        if self._cluster.skip_bad:
-            for rank, mine in enumerate(shares([*chain(*weights)], self._size, size)):
-                self._start(rank, [(AMAX, place) for place in mine], [], 1)
-            self._env.run()
-        before = self._env.now
-        for rank, shards in enumerate(shards_of_each(self._model, size)):
-            plan = [*by_turns([weights[i] for i in shards])]
-            if self._cluster.skip_bad:
-                plan = [step for step in plan if step[0] == QUANTIZE]
-            self._start(rank, plan, shards, 2 * self._cluster.devices)
-        self._env.run()
-        processes = [process for host in self._hosts for process in host.processes]
-        busy = {
-            "disk's reading": max(host.reader.busy for host in self._hosts),
-            "disk's writing": max(host.writer.busy for host in self._hosts),
-            "cores": max(process.cores.busy for process in processes),
-            "device": max(device.busy for process in processes for device in process.devices),
-        }
-        return Spent(self._env.now, before, busy)
-
-    def _start(self, rank: int, plan: list[_Step], shards: Sequence[int], workers: int) -> None:
-        host, process = divmod(rank, self._cluster.processes)
-        work = self._work(self._hosts[host], self._hosts[host].processes[process], plan, shards, workers)
-        self._env.process(work)
-
-    def _size(self, place: _Place) -> int:
-        return self._model[place[0]][place[1]].n_bytes
-
-    def _work(
-        self, host: _Host, process: _Process, plan: list[_Step], shards: Sequence[int], workers: int
-    ) -> Generator[Any, Any, None]:
-        """Goes through the steps as pipeline.ahead does, and writes these shards."""
-        rates = self._rates
-        room = simpy.Container(self._env, init=workers + 1)
-        busy_workers = simpy.Resource(self._env, workers)
-        engines = simpy.Store(self._env)
-        engines.items.extend(process.devices)
-        done = {step: self._env.event() for step in plan}
-
-        in_memory = not self._cluster.skip_bad or self._cluster.hosts == 1  # else others have read most
-
-        def read() -> Generator[Any, Any, None]:
-            for step in plan:
-                yield room.get(1)
-                if step[0] == QUANTIZE and in_memory:
-                    yield self._env.timeout(self._size(step[1]) / rates.read_cached)
-                else:
-                    yield from host.reader.serve(self._size(step[1]) / rates.read)
-                self._env.process(compute(step))
-
-        def compute(step: _Step) -> Generator[Any, Any, None]:
-            size = self._size(step[1])
-            with busy_workers.request() as turn:
-                yield turn
-                if step[0] == AMAX:
-                    yield from process.cores.serve(size / rates.amax)
-                else:
-                    engine = yield engines.get()
-                    yield from engine.serve(size / rates.quantize)
-                    yield engines.put(engine)
-                    yield from process.cores.serve(size / rates.report)
-            done[step].succeed()
-
-        self._env.process(read())
-        results = iter(plan)
-
-        def take(last: _Step | None = None) -> Generator[Any, Any, None]:
-            """The next results, once they are there: to this one, or all."""
-            for step in results:
-                yield done[step]
-                yield room.put(1)
-                if step == last:
-                    return
-
-        for i in shards:
-            for j, tensor in enumerate(self._model[i]):
-                if tensor.quantized:
-                    yield from take((QUANTIZE, (i, j)))
-                else:
-                    yield from host.reader.serve(tensor.n_bytes / rates.read)
-                yield from host.writer.serve(tensor.written / rates.write)
-        yield from take()
+    env = simpy.Environment()
+    disks = [_Server(env) for _ in range(cluster.hosts)]
+    processes = [_Process(env, model, cluster, disk) for disk in disks for _ in range(cluster.processes)]
+    weights = [[_Weight(tensor, env.event()) for tensor in shard if tensor.quantized] for shard in model]
+    if cluster.skip_bad:
+        of_each = shares([*chain(*weights)], lambda weight: weight.tensor.n_bytes, len(processes))
+        for process, mine in zip(processes, of_each, strict=True):
+            process.start([_Step(AMAX, weight) for weight in mine], [], 1)
+        env.run()
+    before = env.now
+    for process, shards in zip(processes, shards_of_each(model, len(processes)), strict=True):
+        plan = [_Step(*step) for step in by_turns([weights[i] for i in shards])]
+        if cluster.skip_bad:
+            plan = [step for step in plan if step.stage == QUANTIZE]
+        process.start(plan, shards, 2 * cluster.devices)
+    env.run()
+    busy = {
+        "disk": max(disk.busy for disk in disks),
+        "cores": max(process.cores.busy for process in processes),
+        "device": max(device.busy for process in processes for device in process.devices),
+    }
+    return Spent(env.now, before, busy)
 
 
 def faster(rates: Rates, names: Iterable[str], times: float) -> Rates:

@@ -76,6 +76,16 @@ def test_ahead_goes_on_while_the_caller_is_busy() -> None:
     results.close()  # type: ignore[attr-defined]
 
 
+def test_ahead_reads_two_at_a_time() -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def read(item: int) -> int:
+        both.wait()
+        return item
+
+    assert list(ahead(range(6), read, lambda item, get: get(), 1)) == list(range(6))
+
+
 @pytest.mark.parametrize("step", ["read", "compute"])
 def test_ahead_hands_on_what_a_thread_raises(step: str) -> None:
     def fail(name: str, item: int) -> int:

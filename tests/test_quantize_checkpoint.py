@@ -1,5 +1,6 @@
 """nvfp4sweep quantize: names, bytes, configuration, interruptions and faults, on small folders."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -26,7 +27,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from nvfp4sweep import cli, cli_checkpoint, formats
-from nvfp4sweep.checkpoint import quantizer, selection
+from nvfp4sweep.checkpoint import quantizer, selection, writer
 from nvfp4sweep.checkpoint.engines import Engine, Packed, numpy_engine
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
@@ -447,6 +448,45 @@ def test_finished_but_for_the_last_step(model: Path, tmp_path: Path, monkeypatch
     assert not (tmp_path / "out.partial").exists()
     with pytest.raises(CheckpointError, match="out is there already"):
         quantize_checkpoint(model, tmp_path / "out")
+
+
+def test_a_shard_is_finished_while_the_next_is_searched(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched = [threading.Event() for _ in MODULES]
+    count = itertools.count()
+
+    def engine(*arguments: Any) -> Packed:
+        searched[next(count)].set()
+        return numpy_engine(*arguments)
+
+    def sync(stream: Any) -> None:
+        if stream.name.endswith(f"{FILES[0]}.tmp"):  # the first shard has seven matrices
+            assert searched[7].wait(10)
+
+    monkeypatch.setattr(writer, "_sync", sync)
+    quantize_checkpoint(model, tmp_path / "out", engines=[engine])
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_a_shard_that_the_disk_refuses(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    quantize_checkpoint(model, tmp_path / "whole")
+
+    def sync(stream: Any) -> None:
+        if stream.name.endswith(f"{file}.tmp"):
+            raise OSError(errno.ENOSPC, "full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_sync", sync)
+        with pytest.raises(OSError, match="full"):
+            quantize_checkpoint(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    left = [path.name for path in (tmp_path / "out.partial").rglob("model*") if path.suffix != ".json"]
+    assert left == FILES[: FILES.index(file)]
+    quantize_checkpoint(model, tmp_path / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def _interrupt(folder: Path) -> None:

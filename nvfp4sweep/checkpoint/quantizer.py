@@ -7,6 +7,8 @@ interrupted looks like nothing, and goes on from there. Several processes may sh
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
@@ -29,18 +31,16 @@ from nvfp4sweep.checkpoint.reader import Empty, TensorInfo
 from nvfp4sweep.checkpoint.report import batch_dims, naming
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.settings import Settings
-from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
+from nvfp4sweep.checkpoint.writer import Entry, ShardWriter, open_shard, write_json
 from nvfp4sweep.formats import E4M3_MAX
 
 Array = npt.NDArray[Any]
 
 _NOT_FINITE = "NaN or infinity"
-
+_DEFAULT = Settings()
 
 #: Called with one of STAGES and a tensor that has passed it.
 Advance = Callable[[str, TensorInfo], None]
-
-_DEFAULT = Settings()
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def quantize_checkpoint(
     """Write an NVFP4 checkpoint of the model in `source` to `target`.
 
     In memory are one tensor for each engine, two with `off_cpu`, and the next, which is read meanwhile; and
-    what as many became until it is written. An interrupted call leaves a folder `target`.partial, from
-    which the same call goes on. The result depends neither on interruptions nor on the engines and
+    what they become until it is written. An interrupted call leaves a folder `target`.partial, from which
+    the same call goes on. The result depends neither on interruptions nor on the engines and
     processes.
 
     Args:
@@ -238,8 +238,17 @@ class Job:
 
         def write() -> None:
             made = self._made(plan, amaxes)
-            for file in mine:
-                self._write_shard(folder, file, entries[file], chosen, made)
+            with ThreadPoolExecutor(1) as finisher:
+                finished = finisher.submit(_nothing)
+                for file in mine:
+                    with ExitStack() as unfinished:
+                        shard = unfinished.enter_context(open_shard(folder.checkpoint / file, entries[file]))
+                        qualities = self._write_quantized(shard, weights[file], made)
+                        folder.keep_of(file, [quality.as_json() for quality in qualities])
+                        finished.result()
+                        others = [tensor for tensor in shards[file] if tensor.name not in chosen]
+                        finished = finisher.submit(self._finish, unfinished.pop_all(), shard, others)
+                finished.result()
 
         together(self._ranks, write)
 
@@ -260,28 +269,25 @@ class Job:
             else:
                 yield made
 
-    def _write_shard(
-        self,
-        folder: WorkFolder,
-        file: str,
-        entries: Sequence[Entry],
-        chosen: set[str],
-        made: Iterator[_Made],
-    ) -> None:
-        """A shard, while the next tensors are read and quantized."""
+    def _write_quantized(
+        self, shard: ShardWriter, weights: Sequence[TensorInfo], made: Iterator[_Made]
+    ) -> list[Quality]:
+        """While the next weights are read and quantized."""
         qualities: list[Quality] = []
-        with open_shard(folder.checkpoint / file, entries) as shard:
-            for tensor in self.selection.shards[file]:
-                if tensor.name in chosen:
-                    result = next(made)
-                    for name, array in result.arrays:
-                        shard.write(name, [np.ascontiguousarray(array).view(np.uint8).data])
-                    qualities += result.qualities
-                    del result
-                    self._advance(QUANTIZE, tensor)
-                else:
-                    shard.write(tensor.name, self._checkpoint.chunks(tensor))
-            folder.keep_of(file, [quality.as_json() for quality in qualities])
+        for tensor in weights:
+            result = next(made)
+            for name, array in result.arrays:
+                shard.write(name, [np.ascontiguousarray(array).view(np.uint8).data])
+            qualities += result.qualities
+            del result
+            self._advance(QUANTIZE, tensor)
+        return qualities
+
+    def _finish(self, unfinished: ExitStack, shard: ShardWriter, others: Sequence[TensorInfo]) -> None:
+        """While the next shard is written: the tensors that are copied, and the disk takes the file."""
+        with unfinished:
+            for tensor in others:
+                shard.write(tensor.name, self._checkpoint.chunks(tensor))
 
     def _make(self, tensor: TensorInfo, weight: Array, amaxes: Array) -> _Made:
         importance = None if self.selection.importances is None else self.selection.importances.of(tensor)
