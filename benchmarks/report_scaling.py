@@ -67,8 +67,9 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 {table}
 
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
-not know what steps that go on at the same time cost each other, but that the disk reads or writes: to read the weights
-and to write the result at the same time took {both:.1f} s, {apart:.1f} one after the other. Several processes are faster
+not know what steps that go on at the same time cost each other, but that the disk reads or writes: the weights read
+while the result was written took {both:.1f} s, and the disk by itself {read:.1f} s for the one, {sync:.1f} for the other. Nor
+is this disk steady: one process wrote the same bytes for {least:.1f} to {most:.1f} s. Several processes are faster
 than one with as many GPUs for the report: each adds up the errors of its own tensors.
 
 All engines at once: the sum of their rates, each the median over its largest matrices, which is what divides when GPUs
@@ -191,6 +192,7 @@ def _checkpoints(entry: Row, search: float) -> str:
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
             f"{simulated:.1f}, {_percent(simulated / row['seconds'] - 1, '+')}",
         ]
+    writing = [row["write_seconds"] for row in runs if row["processes"] == 1]
     # The largest part of the weights that a process has, by the number of processes with a GPU each.
     single = [row for row in runs if row["devices"] == row["processes"]]
     parts = {row["processes"]: _largest_part(model, row["processes"]) for row in single}
@@ -213,7 +215,10 @@ def _checkpoints(entry: Row, search: float) -> str:
         run=run(entry),
         table="\n".join(plain_table(head, cells)),
         both=seconds["read_while_writing"],
-        apart=seconds["read"] + seconds["write"] + seconds["sync"],
+        read=seconds["read"],
+        sync=seconds["sync"],
+        least=min(writing),
+        most=max(writing),
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
         search=f"{100 * rates.quantize / search:.1f} %",
         own=own,

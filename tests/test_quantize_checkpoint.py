@@ -8,6 +8,7 @@ import random
 import shutil
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -466,6 +467,23 @@ def test_a_shard_is_finished_while_the_next_is_searched(
 
     monkeypatch.setattr(writer, "_sync", sync)
     quantize_checkpoint(model, tmp_path / "out", engines=[engine])
+
+
+def test_what_is_written_is_not_kept(model: Path, tmp_path: Path) -> None:
+    before: weakref.ref[Array] | None = None
+
+    def engine(*arguments: Any) -> Packed:
+        nonlocal before
+        deadline = time.monotonic() + 10
+        while before and before() is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        found = numpy_engine(*arguments)
+        before = weakref.ref(found.packed)
+        return found
+
+    settings = Settings(exclude=("experts",))  # what experts of a stack become is written together
+    quantize_checkpoint(model, tmp_path / "out", settings, engines=[engine])
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -263,11 +263,13 @@ class Job:
             return self._make(tensor, weight(), amaxes.shared(tensor.name))
 
         done = ahead(plan, lambda step: self._read(step.tensor), do, self._workers)
-        for step, made in zip(plan, done, strict=True):
+        for step in plan:
+            made = next(done)
             if made is None:
                 self._advance(*step)
             else:
                 yield made
+                del made  # not kept in memory until the next is there
 
     def _write_quantized(
         self, shard: ShardWriter, weights: Sequence[TensorInfo], made: Iterator[_Made]
