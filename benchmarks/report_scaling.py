@@ -68,16 +68,16 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 
 The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
 not know what steps that go on at the same time cost each other, but that the disk reads or writes: the weights read
-while the result was written took {both:.1f} s, and the disk by itself {read:.1f} s for the one, {sync:.1f} for the other. Nor
-is this disk steady: one process wrote the same bytes for {least:.1f} to {most:.1f} s. Several processes are faster
-than one with as many GPUs for the report: each adds up the errors of its own tensors.
+while the result was written took {both:.1f} s, and the disk by itself {read:.1f} s for the one, {sync:.1f} for the
+other. Nor is this disk steady: one process wrote the same bytes for {least:.1f} to {most:.1f} s. Several processes are
+faster than one with as many GPUs for the report: each adds up the errors of its own tensors.
 
-All engines at once: the sum of their rates, each the median over its largest matrices, which is what divides when GPUs
-are added. The busiest engine: how long it was at work in all, copies to the GPU and back included. That is {busy} of the
-time of one GPU's run, so what each process takes whatever its part shows: of one GPU a process the runs fit {own:.2f} s
-for that, such as for memory that it pins for its first tensors, and {shared:.2f} s for all weights, which they
-divide. They divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards
-hold what is copied. The sweep takes {search} of one engine's time.
+The rates of the engines, copies to the GPU and back included, are added up: each is the median over its largest
+matrices. This is what GPUs add. They are seldom at work at the same time, since the disk bounds the run: one GPU's
+engine is busy for {busy} of it. So the time of the busiest engine has more in it than what is divided: of one GPU a
+process the runs fit {own:.2f} s that each process takes whatever its part, such as for memory that it pins for its
+first tensors, and {shared:.2f} s for all weights. And processes divide shards, by all bytes in them: the busiest of
+{processes} has 1/{part:.2f} of the weights, for two shards hold what is copied. The sweep takes {search} of one engine's time.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -201,7 +201,7 @@ def _checkpoints(entry: Row, search: float) -> str:
         "processes x GPUs each",
         "seconds, of a copy's",
         "ps a byte of input",
-        "all engines at once: GB/s, speed-up",
+        "engines' rates: GB/s, speed-up",
         "busiest engine: s, speed-up",
         "simulated, s",
     ]
