@@ -67,7 +67,7 @@ def test_checkpoint() -> None:
         "weight_bytes": 6_000_000_000,
         "blocks_compared": 12345,
         "parts_seconds": dict.fromkeys(
-            ("read", "read_cached", "amax", "quantize", "report", "write", "copy"), 2.0
+            ("read", "read_cached", "amax", "quantize", "report", "write", "sync", "copy"), 2.0
         ),
         "runs": [
             {**row, "processes": 1, "devices": 1, "write_seconds": 1.5},
@@ -80,7 +80,8 @@ def test_checkpoint() -> None:
     assert "| 1 x 4 | 4.0 | 2.00 | 0.25 | 4.00 | 3.0 | 2.0 | 1.5 |" in text
     assert "| 4 x 1 | 2.0 | 4.00 | 1.00 | 1.00 | 3.0 | 2.0 | 0.5 |" in text
     assert "| the weights read | 2.00 | 3.00 |" in text
-    assert "| the result written | 2.00 | 1.50 |" in text
+    assert "| the result written to the page cache | 2.00 | 1.50 |" in text
+    assert "| fsync of the result | 2.00 | 1.50 |" in text
     assert "| the input's files copied | 2.00 | 4.00 |" in text
     assert "12,345 blocks" in text
     assert "Peak memory" not in text
