@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +23,10 @@ pytest.importorskip("torch", reason="PyTorch is not installed")
 from safetensors.numpy import save_file
 from test_quantize_checkpoint import contents
 
+from nvfp4sweep.checkpoint.engines import Packed, numpy_engine
 from nvfp4sweep.checkpoint.passes import STAGES
 from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
+from nvfp4sweep.checkpoint.reader import CheckpointError
 
 _LIMIT = 120  # seconds
 
@@ -129,6 +132,41 @@ def test_ranks(model: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     assert all("matrices" not in text for _, text in done[1:])
     assert contents(tmp_path / "out") == whole
     assert not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ranks_part_before_they_end(
+    model: Path, whole: dict[str, bytes], tmp_path: Path, *, fails: bool
+) -> None:
+    """What goes wrong then is no failure, and nothing that hides one."""
+    size, out = 2, tmp_path / "out"
+    barrier, given = threading.Barrier(size, timeout=_LIMIT), [None] * size
+    parted: list[int] = []
+
+    class Leaving(ThreadRanks):
+        def gather(self, mine: object) -> list[object]:
+            found = super().gather(mine)
+            if mine is None:
+                parted.append(self.rank)
+                raise CheckpointError("another rank has ended")
+            return found
+
+    def engine(*arguments: Any) -> Packed:
+        if fails:
+            raise ValueError("broken")
+        return numpy_engine(*arguments)
+
+    def work(rank: int) -> None:
+        quantize_checkpoint(model, out, engines=[engine], ranks=Leaving(rank, size, barrier, given))
+
+    with ThreadPoolExecutor(size) as pool:
+        ended = [pool.submit(work, rank) for rank in range(size)]
+        if fails:
+            assert all("broken" in str(one.exception()) for one in ended)
+        else:
+            assert [one.result() for one in ended] == [None, None]
+            assert contents(out) == whole
+    assert sorted(parted) == [0, 1]
 
 
 def test_a_rank_that_fails(model: Path, tmp_path: Path) -> None:

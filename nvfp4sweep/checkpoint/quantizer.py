@@ -26,7 +26,7 @@ from nvfp4sweep.checkpoint.passes import AMAX, QUANTIZE, Amaxes, Step, steps
 from nvfp4sweep.checkpoint.pipeline import ahead
 from nvfp4sweep.checkpoint.plan import Matrix, matrices
 from nvfp4sweep.checkpoint.quality import Quality, write_quality
-from nvfp4sweep.checkpoint.ranks import ALONE, Ranks, share, together
+from nvfp4sweep.checkpoint.ranks import ALONE, Ranks, part, share, together
 from nvfp4sweep.checkpoint.reader import Empty, TensorInfo
 from nvfp4sweep.checkpoint.report import batch_dims, naming
 from nvfp4sweep.checkpoint.selection import Selection
@@ -85,8 +85,7 @@ def quantize_checkpoint(
 
     In memory are one tensor for each engine, two with `off_cpu`, and the next, which is read meanwhile; and
     what they become until it is written. An interrupted call leaves a folder `target`.partial, from which
-    the same call goes on. The result depends neither on interruptions nor on the engines and
-    processes.
+    the same call goes on. The result depends neither on interruptions nor on the engines and processes.
 
     Args:
         source: a Hugging Face folder, with config.json and one or more *.safetensors files.
@@ -162,6 +161,7 @@ class Job:
                 folder.finish()
 
         together(self._ranks, finish)
+        part(self._ranks)
         quantized = (tensor for tensor in selection.plan.tensors if tensor.name in chosen)
         modules = [m.module for tensor in quantized for m in matrices(tensor, selection.model_type)]
         n_bytes = sum(entry.n_bytes for shard in entries.values() for entry in shard)
@@ -301,12 +301,7 @@ class Job:
         return made
 
     def _quantize(
-        self,
-        matrix: Matrix,
-        weight: Array,
-        amax: Any,
-        importance: Array | None,
-        made: _Made,
+        self, matrix: Matrix, weight: Array, amax: Any, importance: Array | None, made: _Made
     ) -> None:
         amax = amax * np.float32(E4M3_MAX / self._settings.scale_max)
         # A weight of zeros has no scale of its own, and runtimes divide by it.

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 from nvfp4sweep.checkpoint.reader import CheckpointError
@@ -17,7 +18,7 @@ class Ranks(Protocol):
     size: int
 
     def gather(self, mine: Any) -> list[Any]:
-        """What each process gave, by rank; it waits for all of them."""
+        """What each process gave, by rank; it waits for all of them. CheckpointError: one has ended."""
 
 
 class Alone:
@@ -47,12 +48,20 @@ def together(ranks: Ranks, work: Callable[[], Found]) -> list[Found]:
     except Exception as error:
         failure = error
     outcomes = ranks.gather((found, None if failure is None else str(failure)))
+    if any(message is not None for _, message in outcomes):
+        part(ranks)
     if failure is not None:
         raise failure
     for rank, (_, message) in enumerate(outcomes):
         if message is not None:
             raise CheckpointError(f"rank {rank} of {ranks.size} failed: {message}")
     return [found for found, _ in outcomes]
+
+
+def part(ranks: Ranks) -> None:
+    """Before processes end: one that ends too early may take what others were about to get from it."""
+    with suppress(CheckpointError):  # of those that have ended meanwhile
+        ranks.gather(None)
 
 
 def share(items: Sequence[Item], size: Callable[[Item], int], ranks: Ranks) -> list[Item]:
