@@ -105,8 +105,8 @@ def parts(selection: Selection, out: Path, device: str) -> dict[str, float]:
 
 def _write_all(path: Path, sizes: Sequence[int], clock: _Clock) -> None:
     """Files of these sizes, one in place of the other."""
+    clock.start()
     for size in sizes:
-        clock.start()
         with path.open("wb") as stream:
             for start in range(0, size, len(_NOISE)):
                 stream.write(_NOISE[: size - start])

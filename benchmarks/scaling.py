@@ -168,17 +168,20 @@ class _Process:
             left = sum(tensor.quantized for tensor in self._model[i])
             while left:
                 step, done = next(steps)
-                yield self._room.put(1)
-                yield done
+                yield from self._take(done)
                 if step.stage == QUANTIZE:
                     yield self._env.timeout(step.weight.tensor.written / self._rates.write)
                     left -= 1
             yield finished
             finished = self._env.process(self._finish(self._model[i]))
         for _, done in steps:  # where nothing is written yet
-            yield self._room.put(1)
-            yield done
+            yield from self._take(done)
         yield finished
+
+    def _take(self, done: simpy.Event) -> _Events:
+        """A result; whoever asks for it makes room for another step."""
+        yield self._room.put(1)
+        yield done
 
     def _finish(self, shard: Shard) -> _Events:
         for tensor in shard:

@@ -48,13 +48,11 @@ def together(ranks: Ranks, work: Callable[[], Found]) -> list[Found]:
     except Exception as error:
         failure = error
     outcomes = ranks.gather((found, None if failure is None else str(failure)))
-    if any(message is not None for _, message in outcomes):
+    failed = [(rank, message) for rank, (_, message) in enumerate(outcomes) if message is not None]
+    if failed:
         part(ranks)
-    if failure is not None:
-        raise failure
-    for rank, (_, message) in enumerate(outcomes):
-        if message is not None:
-            raise CheckpointError(f"rank {rank} of {ranks.size} failed: {message}")
+        rank, message = failed[0]
+        raise failure or CheckpointError(f"rank {rank} of {ranks.size} failed: {message}")
     return [found for found, _ in outcomes]
 
 
