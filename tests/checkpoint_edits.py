@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import deserialize
-from test_quantize_checkpoint import (
+from quantize_models import (
     ATTENTION,
     DTYPES,
     FILES,
@@ -21,6 +20,7 @@ from test_quantize_checkpoint import (
     make_tensors,
     write_model,
 )
+from safetensors import deserialize
 from typer.testing import CliRunner
 
 import nvfp4sweep

@@ -30,7 +30,7 @@ from checkpoint_edits import (
     scalars,
     values,
 )
-from test_quantize_checkpoint import (
+from quantize_models import (
     ATTENTION,
     FILES,
     IGNORED,

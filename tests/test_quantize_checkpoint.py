@@ -1,18 +1,9 @@
 """nvfp4sweep quantize: names, bytes, configuration, interruptions and faults, on small folders."""
 
-import errno
-import itertools
 import json
-import multiprocessing
-import random
 import shutil
-import threading
-import time
-import weakref
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,104 +14,32 @@ import nvfp4sweep
 pytest.importorskip("typer", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("safetensors", reason="the extra [checkpoint] is not installed")
 
-from safetensors import deserialize
+from quantize_models import (
+    ATTENTION,
+    FILES,
+    IGNORED,
+    LAYER,
+    MODULES,
+    Array,
+    contents,
+    make_tensors,
+    read_all,
+    write_model,
+)
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from nvfp4sweep import cli, cli_checkpoint, formats
-from nvfp4sweep.checkpoint import quantizer, selection, writer
-from nvfp4sweep.checkpoint.engines import Engine, Packed, numpy_engine
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
-from nvfp4sweep.checkpoint.quality import PAGE_NAME
 from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
-from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
+from nvfp4sweep.checkpoint.reader import CheckpointError
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.checkpoint.settings import Settings
-
-Array = np.ndarray[Any, Any]
-LAYER = "model.layers.0."
-ATTENTION = [f"{LAYER}self_attn.{name}_proj" for name in "qkv"]
-#: Of two shards: what belongs together lies in both.
-SHARDS: list[dict[str, tuple[tuple[int, ...], Any]]] = [
-    {
-        "model.embed_tokens.weight": ((64, 32), ml_dtypes.bfloat16),
-        f"{ATTENTION[0]}.weight": ((32, 32), ml_dtypes.bfloat16),
-        f"{LAYER}mlp.experts.gate_up_proj": ((3, 32, 32), np.float16),
-        f"{LAYER}mlp.gate.weight": ((3, 32), np.float32),
-        f"{LAYER}input_layernorm.weight": ((32,), ml_dtypes.bfloat16),
-    },
-    {
-        f"{ATTENTION[1]}.weight": ((16, 32), ml_dtypes.bfloat16),
-        f"{ATTENTION[2]}.weight": ((16, 32), ml_dtypes.bfloat16),
-        f"{LAYER}self_attn.o_proj.weight": ((32, 32), np.float32),
-        f"{LAYER}mlp.experts.down_proj": ((3, 32, 16), np.float16),
-        f"{LAYER}mlp.uneven.weight": ((16, 24), np.float32),
-        "lm_head.weight": ((64, 32), ml_dtypes.bfloat16),
-        "counter": ((1,), np.int64),
-    },
-]
-DTYPES: dict[str, Any] = {
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "I64": np.int64,
-    "U8": np.uint8,
-}
-FILES = [f"model-0000{i + 1}-of-00002.safetensors" for i in range(2)]
-IGNORED = sorted(["model.embed_tokens", f"{LAYER}mlp.gate", f"{LAYER}mlp.uneven", "lm_head"])
-MODULES = sorted(
-    [*ATTENTION, f"{LAYER}self_attn.o_proj"]
-    + [f"{LAYER}mlp.experts.{i}.{name}_proj" for i in range(3) for name in ("gate", "up", "down")]
-)
-
-
-def make_tensors() -> list[dict[str, Array]]:
-    rng = np.random.default_rng(0)
-    shards = [
-        {
-            name: (rng.standard_normal(shape) * rng.uniform(0.1, 3)).astype(dtype)
-            for name, (shape, dtype) in s.items()
-        }
-        for s in SHARDS
-    ]
-    shards[1][f"{LAYER}mlp.experts.down_proj"][1] = 0  # an expert of zeros
-    return shards
-
-
-def write_model(folder: Path, shards: list[dict[str, Array]], **config: Any) -> Path:
-    folder.mkdir()
-    for file, tensors in zip(FILES, shards, strict=False):
-        save_file(tensors, folder / file)
-    weight_map = {name: file for file, tensors in zip(FILES, shards, strict=False) for name in tensors}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps({"model_type": "mixtral", "hidden_size": 32} | config))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "original").mkdir()
-    (folder / "original" / "params.json").write_text("[1]")
-    return folder
 
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     return write_model(tmp_path / "model", make_tensors())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def read_all(folder: Path) -> dict[str, Array]:
-    index = json.loads((folder / "model.safetensors.index.json").read_text())
-    found: dict[str, Array] = {}
-    for file in sorted(set(index["weight_map"].values())):
-        tensors = dict(deserialize((folder / file).read_bytes()))
-        assert sorted(tensors) == sorted(n for n, f in index["weight_map"].items() if f == file)
-        for name, tensor in tensors.items():
-            array = np.frombuffer(bytes(tensor["data"]), DTYPES[tensor["dtype"]])
-            found[name] = array.reshape(tensor["shape"])
-    assert index["metadata"]["total_size"] == sum(array.nbytes for array in found.values())
-    return found
 
 
 def matrices_of(shards: list[dict[str, Array]]) -> dict[str, tuple[Array, np.float32]]:
@@ -297,258 +216,6 @@ def test_importance(model: Path, tmp_path: Path) -> None:
     ):
         quantize_checkpoint(model, tmp_path / "bad", importance=tmp_path / "bad.safetensors")
     assert not (tmp_path / "bad").exists()
-
-
-# --- at the same time ---------------------------------------------------------------------------------
-
-
-def test_errors_are_counted_while_the_next_tensor_is_searched(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One engine off the CPU: its second call and the first tensor's errors wait for each other."""
-    both = threading.Barrier(2, timeout=30)
-    engine_calls, error_calls = itertools.count(), itertools.count()
-    scale_errors = quantizer.scale_errors
-
-    def engine(*arguments: Any) -> Packed:
-        if next(engine_calls) == 1:
-            both.wait()
-        return numpy_engine(*arguments)
-
-    def errors(*arguments: Any) -> Any:
-        if next(error_calls) == 0:
-            both.wait()
-        return scale_errors(*arguments)
-
-    monkeypatch.setattr(quantizer, "scale_errors", errors)
-    quantize_checkpoint(model, tmp_path / "a", engines=[engine], off_cpu=True)
-    assert next(engine_calls) == next(error_calls) == len(MODULES)
-    monkeypatch.undo()
-    quantize_checkpoint(model, tmp_path / "b")
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
-
-
-@pytest.mark.parametrize(("off_cpu", "most"), [(False, 2), (True, 3)])
-def test_tensors_in_memory(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, off_cpu: bool, most: int
-) -> None:
-    """While the engine holds on to its first tensor, so many are read and no more."""
-    held, full, beyond = threading.Event(), threading.Event(), threading.Event()
-    times: Counter[TensorInfo] = Counter()
-    since = 0  # reads: of what the engine holds on to, and after that
-    read = Checkpoint.read
-
-    def counted(checkpoint: Checkpoint, tensor: TensorInfo, *empty: Any) -> Array:
-        nonlocal since
-        times[tensor] += 1
-        if since or times[tensor] == 2:
-            since += 1
-        if since == most:
-            full.set()
-        if since > most:
-            beyond.set()
-        return read(checkpoint, tensor, *empty)
-
-    def engine(*arguments: Any) -> Packed:
-        if not held.is_set():
-            held.set()
-            assert full.wait(30)
-            assert not beyond.wait(0.5)
-        return numpy_engine(*arguments)
-
-    monkeypatch.setattr(Checkpoint, "read", counted)
-    quantize_checkpoint(model, tmp_path / "out", engines=[engine], off_cpu=off_cpu)
-    assert list(times.values()) == [2] * 6
-
-
-@pytest.mark.parametrize("n_files", [1, 2])
-def test_large_files_are_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_files: int) -> None:
-    """The same tensors in more files, whatever the number of files before, and however often interrupted."""
-    tensors = make_tensors()
-    if n_files == 1:
-        tensors = [tensors[0] | tensors[1]]
-    model = write_model(tmp_path / "model", tensors)
-    quantize_checkpoint(model, tmp_path / "whole")
-    (model / "model-00001-of-00004.safetensors").write_bytes(b"not of the model")
-    monkeypatch.setattr(selection, "SHARD_BYTES", 9000)
-    calls = itertools.count()
-
-    def engine(*arguments: Any) -> Packed:
-        if next(calls) in (1, 9, 16):
-            raise KeyboardInterrupt
-        return numpy_engine(*arguments)
-
-    interrupted = 0
-    while not (tmp_path / "out").exists():
-        try:
-            quantize_checkpoint(model, tmp_path / "out", engines=[engine])
-        except KeyboardInterrupt:
-            interrupted += 1
-    assert interrupted >= 2
-    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert files == [f"model-{i:05}-of-{len(files):05}.safetensors" for i in range(1, len(files) + 1)]
-    assert len(files) == 4
-    found, expected = read_all(tmp_path / "out"), read_all(tmp_path / "whole")
-    assert found.keys() == expected.keys()
-    assert all(found[name].tobytes() == array.tobytes() for name, array in expected.items())
-    for name in ("config.json", PAGE_NAME):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_files_are_cut_evenly(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    monkeypatch.setattr(selection, "SHARD_BYTES", 100)
-    sizes = np.random.default_rng(seed).integers(0, 40, 50).tolist()
-    tensors = [TensorInfo(str(i), (size,), "U8", Path("model")) for i, size in enumerate(sizes)]
-    parts = selection._cut(tensors, lambda tensor: tensor.size)
-    assert [tensor for part in parts for tensor in part] == tensors
-    assert len(parts) == -(-sum(sizes) // 100)
-    mean = sum(sizes) / len(parts)
-    assert all(abs(sum(tensor.size for tensor in part) - mean) <= 40 for part in parts)
-
-
-# --- interruptions ----------------------------------------------------------------------------------
-
-
-def test_goes_on(model: Path, tmp_path: Path) -> None:
-    """Stopped after any number of matrices, then run again, it ends as if it had not been stopped."""
-    quantize_checkpoint(model, tmp_path / "whole")
-    calls = 0
-
-    def failing(limit: int) -> Engine:
-        def engine(*arguments: Any) -> Packed:
-            nonlocal calls
-            calls += 1
-            if calls > limit:
-                raise KeyboardInterrupt
-            return numpy_engine(*arguments)
-
-        return engine
-
-    for limit in (0, 3, 9, 0, 2):  # the first shard has seven
-        calls = 0
-        with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(model, tmp_path / "out", engines=[failing(limit)])
-        assert not (tmp_path / "out").exists()
-        assert not list((tmp_path / "out.partial").rglob("*.tmp"))
-    with pytest.raises(CheckpointError, match=r"out.partial is of another call"):
-        quantize_checkpoint(model, tmp_path / "out", Settings(min_code=8))
-    quantize_checkpoint(model, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_finished_but_for_the_last_step(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("nvfp4sweep.checkpoint.folders._sync", _interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            quantize_checkpoint(model, tmp_path / "out")
-    before = contents(tmp_path / "out")
-    quantize_checkpoint(model, tmp_path / "out")
-    assert contents(tmp_path / "out") == before
-    assert not (tmp_path / "out.partial").exists()
-    with pytest.raises(CheckpointError, match="out is there already"):
-        quantize_checkpoint(model, tmp_path / "out")
-
-
-def test_a_shard_is_finished_while_the_next_is_searched(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    searched = [threading.Event() for _ in MODULES]
-    count = itertools.count()
-
-    def engine(*arguments: Any) -> Packed:
-        searched[next(count)].set()
-        return numpy_engine(*arguments)
-
-    def sync(stream: Any) -> None:
-        if stream.name.endswith(f"{FILES[0]}.tmp"):  # the first shard has seven matrices
-            assert searched[7].wait(10)
-
-    monkeypatch.setattr(writer, "_sync", sync)
-    quantize_checkpoint(model, tmp_path / "out", engines=[engine])
-
-
-def test_what_is_written_is_not_kept(model: Path, tmp_path: Path) -> None:
-    before: weakref.ref[Array] | None = None
-
-    def engine(*arguments: Any) -> Packed:
-        nonlocal before
-        deadline = time.monotonic() + 10
-        while before and before() is not None:
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        found = numpy_engine(*arguments)
-        before = weakref.ref(found.packed)
-        return found
-
-    settings = Settings(exclude=("experts",))  # what experts of a stack become is written together
-    quantize_checkpoint(model, tmp_path / "out", settings, engines=[engine])
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_a_shard_that_the_disk_refuses(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str
-) -> None:
-    quantize_checkpoint(model, tmp_path / "whole")
-
-    def sync(stream: Any) -> None:
-        if stream.name.endswith(f"{file}.tmp"):
-            raise OSError(errno.ENOSPC, "full")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer, "_sync", sync)
-        with pytest.raises(OSError, match="full"):
-            quantize_checkpoint(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    left = [path.name for path in (tmp_path / "out.partial").rglob("model*") if path.suffix != ".json"]
-    assert left == FILES[: FILES.index(file)]
-    quantize_checkpoint(model, tmp_path / "out")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def _interrupt(folder: Path) -> None:
-    raise KeyboardInterrupt
-
-
-def _slow_engine(*arguments: Any) -> Packed:
-    time.sleep(0.01)
-    return numpy_engine(*arguments)
-
-
-def _run(model: Path, out: Path) -> None:
-    quantize_checkpoint(model, out, engines=[_slow_engine])
-
-
-def test_killed_at_any_moment(model: Path, tmp_path: Path) -> None:
-    """SIGKILL 50 times: after each there is no checkpoint, or a whole one."""
-    quantize_checkpoint(model, tmp_path / "whole")
-    whole = contents(tmp_path / "whole")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    rng = random.Random(0)
-    out = tmp_path / "out"
-    kills = 0
-    longest = 0.2
-    while kills < 50:
-        process = context.Process(target=_run, args=(model, out))
-        start = time.monotonic()
-        process.start()
-        process.join(rng.uniform(0, longest))
-        if process.is_alive():
-            process.kill()
-            process.join()
-            kills += 1
-            longest *= 1.05
-        else:
-            assert process.exitcode == 0
-            longest = 1.2 * (time.monotonic() - start)
-        if out.exists():
-            assert contents(out) == whole
-            shutil.rmtree(out)
-            shutil.rmtree(tmp_path / "out.partial", ignore_errors=True)
-    quantize_checkpoint(model, out)
-    assert contents(out) == whole
 
 
 # --- faults -----------------------------------------------------------------------------------------

@@ -20,8 +20,8 @@ pytest.importorskip("typer", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("safetensors", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("torch", reason="PyTorch is not installed")
 
+from quantize_models import contents
 from safetensors.numpy import save_file
-from test_quantize_checkpoint import contents
 
 from nvfp4sweep.checkpoint.engines import Packed, numpy_engine
 from nvfp4sweep.checkpoint.passes import STAGES

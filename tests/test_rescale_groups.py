@@ -26,7 +26,7 @@ from checkpoint_edits import (
     scalars,
     values,
 )
-from test_quantize_checkpoint import ATTENTION, FILES, LAYER, contents, read_all
+from quantize_models import ATTENTION, FILES, LAYER, contents, read_all
 
 from nvfp4sweep import formats
 from nvfp4sweep.checkpoint.layouts import MODELOPT, Layout

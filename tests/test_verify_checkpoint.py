@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_quantize_checkpoint import ATTENTION, FILES, LAYER, MODULES, make_tensors, write_model
-from typer.testing import CliRunner
 
+pytest.importorskip("typer", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("safetensors", reason="the extra [checkpoint] is not installed")
 
+from quantize_models import ATTENTION, FILES, LAYER, MODULES, make_tensors, write_model
 from safetensors import deserialize
+from typer.testing import CliRunner
 
 from nvfp4sweep import cli
 from nvfp4sweep.checkpoint.layouts import COMPRESSED_TENSORS, LAYOUTS, MODELOPT, Layout
