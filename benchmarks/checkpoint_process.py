@@ -7,12 +7,10 @@ The clock starts when the engines of all ranks are warm. Rank 0 writes RESULT, a
 
 import argparse
 import json
-import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,9 +19,10 @@ import ml_dtypes
 import numpy as np
 
 import nvfp4sweep
+from benchmarks.checkpoint_gpus import gpus_at_once
 from nvfp4sweep.checkpoint import Settings, numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.baselines import scale_errors
-from nvfp4sweep.checkpoint.engines import Array, Engine, Packed
+from nvfp4sweep.checkpoint.engines import Engine
 from nvfp4sweep.checkpoint.reader import TensorInfo
 from nvfp4sweep.checkpoint.selection import Selection
 from nvfp4sweep.cli_checkpoint import empty_for, torch_engine
@@ -63,31 +62,6 @@ class Watch:
         return watched
 
 
-class EngineWatch:
-    """The calls of an engine, which come one at a time: bytes of the matrix, and seconds."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._calls: list[tuple[int, float]] = []
-
-    def __call__(self, matrix: Array, *arguments: Any) -> Packed:
-        start = time.perf_counter()
-        found = self._engine(matrix, *arguments)
-        self._calls.append((matrix.nbytes, time.perf_counter() - start))
-        return found
-
-    @property
-    def seconds(self) -> float:
-        return sum(seconds for _, seconds in self._calls)
-
-    @property
-    def rate(self) -> float:
-        """Bytes a second, the median of its largest matrices; 0 if it had none."""
-        largest = max((n_bytes for n_bytes, _ in self._calls), default=0)
-        rates = [n_bytes / seconds for n_bytes, seconds in self._calls if n_bytes == largest]
-        return statistics.median(rates) if rates else 0.0
-
-
 def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
     """Compiled, or loaded, for weights such as these, with all else that a run compiles."""
     engine = numpy_engine if device == "cpu" else torch_engine(device)
@@ -100,12 +74,14 @@ def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
 
 
 def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
-    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage; of the
-    engines the busiest's seconds, the sum of all, and the sum of their rates."""
+    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage and an engine
+    at work; and what checkpoint_gpus finds."""
     ranks = ranks_of_environment()
     devices = device_of_rank(resolve_devices(device), ranks)
-    weights = Selection(source, Settings()).plan.tensors
-    engines = [EngineWatch(warm_engine(name, weights)) for name in devices]
+    off_cpu, empty = devices != ["cpu"], empty_for(devices[0])
+    selection = Selection(source, Settings())
+    engines = {name: warm_engine(name, selection.plan.tensors) for name in devices}
+    watches = [Watch() for _ in engines]
     stages = {stage: Watch() for stage in _STAGES}
     with ExitStack() as patches:
         for stage, names in _STAGES.items():
@@ -116,23 +92,22 @@ def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
         quantize_checkpoint(
             source,
             out,
-            engines=engines,
-            off_cpu=devices != ["cpu"],
-            empty=empty_for(devices[0]),
+            engines=[watch.over(engine) for watch, engine in zip(watches, engines.values(), strict=True)],
+            off_cpu=off_cpu,
+            empty=empty,
             ranks=ranks,
         )
         seconds = time.perf_counter() - start
-    mine = {"seconds": seconds, **{f"{stage}_seconds": watch.seconds for stage, watch in stages.items()}}
-    all_ranks = ranks.gather((mine, [(engine.seconds, engine.rate) for engine in engines]))
-    if ranks.rank > 0:
-        return None
-    seconds_of_each, rates = zip(*chain(*(of_engines for _, of_engines in all_ranks)), strict=True)
-    found = {name: max(row[name] for row, _ in all_ranks) for name in mine}
-    found |= {"engine_seconds": max(seconds_of_each), "all_engines_seconds": sum(seconds_of_each)}
-    return {
-        **{name: round(value, 3) for name, value in found.items()},
-        "all_engines_bytes_per_second": round(sum(rates)),
+    mine = {
+        "seconds": seconds,
+        "engine_seconds": max(watch.seconds for watch in watches),
+        **{f"{stage}_seconds": watch.seconds for stage, watch in stages.items()},
     }
+    all_ranks = ranks.gather(mine)
+    found = {name: max(row[name] for row in all_ranks) for name in mine}
+    if off_cpu:
+        found |= gpus_at_once(selection, engines, empty, ranks)
+    return None if ranks.rank > 0 else {name: round(value, 4) for name, value in found.items()}
 
 
 def _patch(patches: ExitStack, name: str, watch: Watch) -> None:

@@ -109,18 +109,24 @@ def torch_engine(device: str) -> Engine:
         importance: npt.NDArray[Any] | None,
         min_code: int,
     ) -> Packed:
-        weighing = None if importance is None else to_torch(importance, device)
+        # Copies and kernels follow each other on the device: the host waits in the check, and at the end.
         found = package.quantize(
-            to_torch(matrix, device), global_amax=float(amax), importance=weighing, min_code=min_code
+            to_torch(matrix, device, non_blocking=True),
+            global_amax=torch.full((), float(amax), device=device),
+            importance=None if importance is None else to_torch(importance, device, non_blocking=True),
+            min_code=min_code,
         )
-        return Packed(
+        packed = Packed(
             to_host(found.packed), to_host(found.scale.view(torch.uint8)), to_host(found.global_scale)
         )
+        if found.packed.is_cuda:
+            torch.cuda.current_stream(device).synchronize()
+        return packed
 
     def to_host(tensor: Any) -> npt.NDArray[Any]:
         # New memory would be mapped page by page as it is written to: PyTorch keeps pinned memory for reuse.
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-        return host.copy_(tensor).numpy()  # type: ignore[no-any-return]
+        return host.copy_(tensor, non_blocking=True).numpy()  # type: ignore[no-any-return]
 
     return run
 

@@ -106,9 +106,12 @@ def resolve_devices(device: str) -> list[str]:
     return [f"cuda:{i}" for i in range(require("torch", "--device").cuda.device_count())]
 
 
-def to_torch(array: npt.NDArray[Any], device: str) -> Any:
-    """A tensor on this device. PyTorch does not take ml_dtypes' bfloat16, but takes its bits."""
+def to_torch(array: npt.NDArray[Any], device: str, *, non_blocking: bool = False) -> Any:
+    """A tensor on this device. PyTorch does not take ml_dtypes' bfloat16, but takes its bits.
+
+    non_blocking: as Tensor.to has it; a pinned array stays as it is until the device has been waited for.
+    """
     torch = importlib.import_module("torch")
     bits = array.view(np.int16) if array.dtype.name == "bfloat16" else array
-    tensor = torch.from_numpy(bits).to(device)
+    tensor = torch.from_numpy(bits).to(device, non_blocking=non_blocking)
     return tensor if bits is array else tensor.view(torch.bfloat16)
