@@ -33,7 +33,7 @@ class _Gpu:
 
     def compute(self) -> None:
         for weight, amax in zip(self._there, self._amaxes_there, strict=True):
-            nvfp4sweep_torch.quantize(weight, global_amax=amax)
+            nvfp4sweep_torch.quantize(weight, global_amax=amax, check_finite=False)  # as the engine does
 
     def copy(self) -> None:
         for weight in self._on_host:

@@ -72,13 +72,22 @@ while the result was written took {both:.1f} s, and the disk by itself {read:.1f
 other. Nor is this disk steady: one process wrote the same bytes for {least:.1f} to {most:.1f} s. Several processes are
 faster than one with as many GPUs for the report: each adds up the errors of its own tensors.
 
-The rates of the engines, copies to the GPU and back included, are added up: each is the median over its largest
-matrices. The disk bounds the run, one GPU's engine is busy for {busy} of it, so engines are seldom at work at the same
-time: that each is as fast beside others is shown, that all are at once is not. The time of the busiest engine has more
-in it than what is divided: of one GPU a process the runs fit {own:.2f} s that each process takes whatever its part, such
-as for memory that it pins for its first tensors, and {shared:.2f} s for all weights. And processes divide shards, by all
-bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights, for two shards hold what is copied. The sweep
-takes {search} of one engine's time.
+The time of the busiest engine has more in it than what is divided: of one GPU a process the runs fit {own:.2f} s that
+each process takes whatever its part, such as for memory that it pins for its first tensors, and {shared:.2f} s for all
+weights. And processes divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights,
+for two shards hold what is copied.
+
+The disk bounds all that: one GPU's engine is busy for {busy} of its run. What GPUs add is seen without the disk, with
+the same weights in pinned memory, divided by their bytes, and all GPUs at work at once, from when all begin to the last
+one's end:
+
+{at_once}
+
+Search and pack: from a GPU's memory to its memory, the compute part. Copies: the weights to the GPUs and nothing else.
+From host to host: both, and the results back, as engines do it, which wait for a matrix's result before they copy the
+next. So {processes} GPUs have {compute:.2f} times the compute of one, but the host feeds them {link:.2f} times as fast.
+One process launches all from one interpreter, in which its threads wait for each other: where there is no disk to wait
+for, torchrun with a process for each GPU is the faster way.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -122,7 +131,7 @@ def page(by_number: dict[int, Row], checkpoint: Row, cuda: Row) -> str:
     """Of the newest runs of cuda_ranks by their number, of checkpoint_cuda and cuda."""
     sweep = by_number[1]["wall_in_a_row"]["sweep"]["p50_ms"] / 1e3
     search = 2 * math.prod(by_number[1]["shape"]) / sweep
-    parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint, search)]
+    parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint)]
     limits = _limits(checkpoint, search, by_number[1]["device"], cuda)
     return "\n".join([*parts, limits, _projections(checkpoint)])
 
@@ -178,7 +187,7 @@ def _rates(entry: Row) -> Rates:
     return Rates(**of_weights, **of_output)
 
 
-def _checkpoints(entry: Row, search: float) -> str:
+def _checkpoints(entry: Row) -> str:
     model, rates, seconds = benchmark_model(entry["layers"]), _rates(entry), entry["parts_seconds"]
     runs = sorted(entry["runs"], key=lambda row: (row["devices"], row["processes"]))
     alone = next(row for row in runs if row["devices"] == 1)
@@ -186,11 +195,9 @@ def _checkpoints(entry: Row, search: float) -> str:
     for row in runs:
         processes, devices = row["processes"], row["devices"] // row["processes"]
         simulated = simulate(model, Cluster(rates, processes=processes, devices=devices)).seconds
-        rate = row["all_engines_bytes_per_second"]
-        cells[f"{processes} x {devices}"] = [
+        cells[_layout(row)] = [
             f"{row['seconds']:.1f}, {_percent(row['seconds'] / seconds['copy'])}",
             f"{1e12 * row['seconds'] / entry['input_bytes']:.0f}",
-            f"{rate / _GB:.1f}, {rate / alone['all_engines_bytes_per_second']:.2f}",
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
             f"{simulated:.1f}, {_percent(simulated / row['seconds'] - 1, '+')}",
         ]
@@ -199,11 +206,11 @@ def _checkpoints(entry: Row, search: float) -> str:
     single = [row for row in runs if row["devices"] == row["processes"]]
     parts = {row["processes"]: _largest_part(model, row["processes"]) for row in single}
     shared, own = np.polyfit([*parts.values()], [row["engine_seconds"] for row in single], 1)
+    widest = max(single, key=lambda row: row["devices"])
     head = [
         "processes x GPUs each",
         "seconds, of a copy's",
         "ps a byte of input",
-        "engines' rates: GB/s, speed-up",
         "busiest engine: s, speed-up",
         "simulated, s",
     ]
@@ -222,12 +229,30 @@ def _checkpoints(entry: Row, search: float) -> str:
         least=min(writing),
         most=max(writing),
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
-        search=f"{100 * rates.quantize / search:.1f} %",
+        at_once="\n".join(_at_once(runs, alone, entry["weight_bytes"])),
+        compute=alone["compute_seconds"] / widest["compute_seconds"],
+        link=alone["link_seconds"] / widest["link_seconds"],
         own=own,
         shared=shared,
         processes=max(parts),
         part=1 / min(parts.values()),
     )
+
+
+def _at_once(runs: Sequence[Row], alone: Row, n_bytes: int) -> list[str]:
+    """What all GPUs did at once with n_bytes of weights, a line each run."""
+    steps = {"search and pack": "compute", "copies": "link", "from host to host": "memory_to_memory"}
+    cells = {}
+    for row in runs:
+        seconds = [(row[f"{step}_seconds"], alone[f"{step}_seconds"]) for step in steps.values()]
+        cells[_layout(row)] = [
+            f"{1e3 * mine:.1f}, {n_bytes / mine / _GB:.0f}, {one / mine:.2f}" for mine, one in seconds
+        ]
+    return plain_table(["processes x GPUs each", *(f"{step}: ms, GB/s, speed-up" for step in steps)], cells)
+
+
+def _layout(row: Row) -> str:
+    return f"{row['processes']} x {row['devices'] // row['processes']}"
 
 
 def _largest_part(model: Sequence[Shard], processes: int) -> float:

@@ -109,12 +109,14 @@ def torch_engine(device: str) -> Engine:
         importance: npt.NDArray[Any] | None,
         min_code: int,
     ) -> Packed:
-        # Copies and kernels follow each other on the device: the host waits in the check, and at the end.
+        # Copies and kernels follow each other on the device, and the host waits at the end: that the matrix
+        # is finite is known from its amax.
         found = package.quantize(
             to_torch(matrix, device, non_blocking=True),
             global_amax=torch.full((), float(amax), device=device),
             importance=None if importance is None else to_torch(importance, device, non_blocking=True),
             min_code=min_code,
+            check_finite=importance is not None,
         )
         packed = Packed(
             to_host(found.packed), to_host(found.scale.view(torch.uint8)), to_host(found.global_scale)

@@ -25,7 +25,7 @@ class Packed(NamedTuple):
     global_scale: Array
 
 
-#: (matrix [N, K], global amax, importance [K] or None, min_code) -> Packed
+#: (finite matrix [N, K], global amax, importance [K] or None, min_code) -> Packed
 Engine = Callable[[Array, np.float32, Array | None, int], Packed]
 
 
