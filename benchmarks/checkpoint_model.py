@@ -20,8 +20,8 @@ class Llama(NamedTuple):
     vocabulary: int
 
 
+LLAMA_8B = Llama(4096, 14336, 1024, 128256)
 LLAMA_70B = Llama(8192, 28672, 1024, 128256)
-_LLAMA_8B = Llama(4096, 14336, 1024, 128256)
 _LAYERS_A_SHARD = 1  # processes share shards: fewer would leave some idle
 _ITEM_BYTES = 2
 _POOL = 2**27  # elements, of which all weights are cut
@@ -50,10 +50,10 @@ def _shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
     for i in range(layers):
         if i % _LAYERS_A_SHARD == 0:
             groups.append({})
-        groups[-1] |= layer_of(_LLAMA_8B, i)
-    embedding = (_LLAMA_8B.vocabulary, _LLAMA_8B.hidden)
+        groups[-1] |= layer_of(LLAMA_8B, i)
+    embedding = (LLAMA_8B.vocabulary, LLAMA_8B.hidden)
     groups[0]["model.embed_tokens.weight"] = embedding
-    groups[-1] |= {"lm_head.weight": embedding, "model.norm.weight": (_LLAMA_8B.hidden,)}
+    groups[-1] |= {"lm_head.weight": embedding, "model.norm.weight": (LLAMA_8B.hidden,)}
     return groups
 
 

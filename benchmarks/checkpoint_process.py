@@ -19,7 +19,6 @@ import ml_dtypes
 import numpy as np
 
 import nvfp4sweep
-from benchmarks.checkpoint_gpus import gpus_at_once
 from nvfp4sweep.checkpoint import Settings, numpy_engine, quantize_checkpoint
 from nvfp4sweep.checkpoint.baselines import scale_errors
 from nvfp4sweep.checkpoint.engines import Engine
@@ -74,13 +73,12 @@ def warm_engine(device: str, weights: Sequence[TensorInfo]) -> Engine:
 
 
 def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
-    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage and an engine
-    at work; and what checkpoint_gpus finds."""
+    """On rank 0 the seconds of the slowest rank, and the longest that a rank was at each stage, and an engine
+    at work."""
     ranks = ranks_of_environment()
     devices = device_of_rank(resolve_devices(device), ranks)
-    off_cpu, empty = devices != ["cpu"], empty_for(devices[0])
-    selection = Selection(source, Settings())
-    engines = {name: warm_engine(name, selection.plan.tensors) for name in devices}
+    weights = Selection(source, Settings()).plan.tensors
+    engines = [warm_engine(name, weights) for name in devices]
     watches = [Watch() for _ in engines]
     stages = {stage: Watch() for stage in _STAGES}
     with ExitStack() as patches:
@@ -92,9 +90,9 @@ def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
         quantize_checkpoint(
             source,
             out,
-            engines=[watch.over(engine) for watch, engine in zip(watches, engines.values(), strict=True)],
-            off_cpu=off_cpu,
-            empty=empty,
+            engines=[watch.over(engine) for watch, engine in zip(watches, engines, strict=True)],
+            off_cpu=devices != ["cpu"],
+            empty=empty_for(devices[0]),
             ranks=ranks,
         )
         seconds = time.perf_counter() - start
@@ -105,9 +103,7 @@ def _measure(source: Path, out: Path, device: str) -> dict[str, float] | None:
     }
     all_ranks = ranks.gather(mine)
     found = {name: max(row[name] for row in all_ranks) for name in mine}
-    if off_cpu:
-        found |= gpus_at_once(selection, engines, empty, ranks)
-    return None if ranks.rank > 0 else {name: round(value, 4) for name, value in found.items()}
+    return None if ranks.rank > 0 else {name: round(value, 3) for name, value in found.items()}
 
 
 def _patch(patches: ExitStack, name: str, watch: Watch) -> None:

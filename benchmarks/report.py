@@ -98,8 +98,15 @@ def main() -> None:
     sizes = newest.get("cuda", {}).get("sizes")
     if sizes:
         plots[PLOT] = lambda: _draw(sizes)
-    if {"cuda", "checkpoint_cuda"} <= newest.keys() and of_ranks:
-        pages[SCALING_PAGE] = report_scaling.page(of_ranks, newest["checkpoint_cuda"], newest["cuda"])
+    layouts = {
+        (entry["processes"], entry["devices"]): entry
+        for entry in entries
+        if entry["benchmark"] == "checkpoint_gpus"
+    }
+    if {"cuda", "checkpoint_cuda"} <= newest.keys() and of_ranks and layouts:
+        pages[SCALING_PAGE] = report_scaling.page(
+            of_ranks, newest["checkpoint_cuda"], [*layouts.values()], newest["cuda"]
+        )
     if "objectives" in newest:
         entry = newest["objectives"]
         pages[OBJECTIVES_PAGE] = report_objectives.page(entry, OBJECTIVES_PLOT.name)

@@ -66,28 +66,35 @@ dropped from the page cache before. A copy of the input took {copy:.1f} s. All r
 
 {table}
 
-The simulation has the rates of the steps by themselves, in the next table, and nothing is fitted to the runs. It does
-not know what steps that go on at the same time cost each other, but that the disk reads or writes: the weights read
-while the result was written took {both:.1f} s, and the disk by itself {read:.1f} s for the one, {sync:.1f} for the
-other. Nor is this disk steady: one process wrote the same bytes for {least:.1f} to {most:.1f} s. Several processes are
-faster than one with as many GPUs for the report: each adds up the errors of its own tensors.
+The simulation has the rates of the steps by themselves, in the next table but one, and nothing is fitted to the runs.
+Only the disk has the rates that it had when it did both: the weights read while the result was written took {both:.1f} s,
+{longer} more than the {read:.1f} s for the one and the {sync:.1f} for the other. What other steps that go on at the same
+time cost each other, the simulation does not know. Nor is this disk steady: one process wrote the same bytes for
+{least:.1f} to {most:.1f} s. Several processes are faster than one with as many GPUs for the report: each adds up the
+errors of its own tensors.
 
 The time of the busiest engine has more in it than what is divided: of one GPU a process the runs fit {own:.2f} s that
 each process takes whatever its part, such as for memory that it pins for its first tensors, and {shared:.2f} s for all
 weights. And processes divide shards, by all bytes in them: the busiest of {processes} has 1/{part:.2f} of the weights,
 for two shards hold what is copied.
 
-The disk bounds all that: one GPU's engine is busy for {busy} of its run. What GPUs add is seen without the disk, with
-the same weights in pinned memory, divided by their bytes, and all GPUs at work at once, from when all begin to the last
-one's end:
+The disk bounds all that: one GPU's engine is busy for {busy} of its run.
+"""  # noqa: E501
 
-{at_once}
+_AT_ONCE = """### All GPUs at once, without the disk: {device}
 
-Search and pack: from a GPU's memory to its memory, the compute part. Copies: the weights to the GPUs and nothing else.
-From host to host: both, and the results back, as engines do it, which wait for a matrix's result before they copy the
-next. So {processes} GPUs have {compute:.2f} times the compute of one, but the host feeds them {link:.2f} times as fast.
-One process launches all from one interpreter, in which its threads wait for each other: where there is no disk to wait
-for, torchrun with a process for each GPU is the faster way.
+The same weights in memory, divided by their bytes, {gb:.1f} GB; from when all GPUs begin to the last one's end. Of {run}.
+
+{table}
+
+Search and pack: from a GPU's memory to its memory, which is the compute part of a checkpoint: as a CUDA graph, so that
+the GPUs alone are timed; and as calls, one a matrix, of which a process has launched its last after the time in
+brackets. Copies: the weights to the GPUs, and nothing else. From host to host: both, and the results back, as
+`quantize` does it with what it has read.
+
+So {most} GPUs have {graph:.2f} times the compute of one, and the host feeds them {copies:.2f} times as fast: that bounds
+what engines reach, {host:.2f} times. The threads of one process wait for each other's interpreter when they launch
+calls; behind copies that hardly shows.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
@@ -127,11 +134,11 @@ Assumed, beside the rates measured above:
 """  # noqa: E501
 
 
-def page(by_number: dict[int, Row], checkpoint: Row, cuda: Row) -> str:
-    """Of the newest runs of cuda_ranks by their number, of checkpoint_cuda and cuda."""
+def page(by_number: dict[int, Row], checkpoint: Row, layouts: Sequence[Row], cuda: Row) -> str:
+    """Of the newest runs of cuda_ranks by their number, checkpoint_cuda, checkpoint_gpus, and cuda."""
     sweep = by_number[1]["wall_in_a_row"]["sweep"]["p50_ms"] / 1e3
     search = 2 * math.prod(by_number[1]["shape"]) / sweep
-    parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint)]
+    parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint), at_once(layouts)]
     limits = _limits(checkpoint, search, by_number[1]["device"], cuda)
     return "\n".join([*parts, limits, _projections(checkpoint)])
 
@@ -187,8 +194,16 @@ def _rates(entry: Row) -> Rates:
     return Rates(**of_weights, **of_output)
 
 
+def _rates_of_a_run(entry: Row) -> Rates:
+    """With a disk that does both: it takes longer than for one after the other."""
+    rates, seconds = _rates(entry), entry["parts_seconds"]
+    longer = seconds["read_while_writing"] / (seconds["read"] + seconds["sync"])
+    return dataclasses.replace(rates, read=rates.read / longer, sync=rates.sync / longer)
+
+
 def _checkpoints(entry: Row) -> str:
-    model, rates, seconds = benchmark_model(entry["layers"]), _rates(entry), entry["parts_seconds"]
+    model, rates = benchmark_model(entry["layers"]), _rates_of_a_run(entry)
+    seconds = entry["parts_seconds"]
     runs = sorted(entry["runs"], key=lambda row: (row["devices"], row["processes"]))
     alone = next(row for row in runs if row["devices"] == 1)
     cells = {}
@@ -206,7 +221,6 @@ def _checkpoints(entry: Row) -> str:
     single = [row for row in runs if row["devices"] == row["processes"]]
     parts = {row["processes"]: _largest_part(model, row["processes"]) for row in single}
     shared, own = np.polyfit([*parts.values()], [row["engine_seconds"] for row in single], 1)
-    widest = max(single, key=lambda row: row["devices"])
     head = [
         "processes x GPUs each",
         "seconds, of a copy's",
@@ -226,12 +240,10 @@ def _checkpoints(entry: Row) -> str:
         both=seconds["read_while_writing"],
         read=seconds["read"],
         sync=seconds["sync"],
+        longer=_percent(seconds["read_while_writing"] / (seconds["read"] + seconds["sync"]) - 1),
         least=min(writing),
         most=max(writing),
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
-        at_once="\n".join(_at_once(runs, alone, entry["weight_bytes"])),
-        compute=alone["compute_seconds"] / widest["compute_seconds"],
-        link=alone["link_seconds"] / widest["link_seconds"],
         own=own,
         shared=shared,
         processes=max(parts),
@@ -239,16 +251,42 @@ def _checkpoints(entry: Row) -> str:
     )
 
 
-def _at_once(runs: Sequence[Row], alone: Row, n_bytes: int) -> list[str]:
-    """What all GPUs did at once with n_bytes of weights, a line each run."""
-    steps = {"search and pack": "compute", "copies": "link", "from host to host": "memory_to_memory"}
-    cells = {}
-    for row in runs:
-        seconds = [(row[f"{step}_seconds"], alone[f"{step}_seconds"]) for step in steps.values()]
-        cells[_layout(row)] = [
-            f"{1e3 * mine:.1f}, {n_bytes / mine / _GB:.0f}, {one / mine:.2f}" for mine, one in seconds
+def at_once(layouts: Sequence[Row]) -> str:
+    """Of the newest run of checkpoint_gpus for each number of processes and GPUs."""
+    rows = sorted(layouts, key=lambda row: (row["devices"], row["processes"]))
+    alone = rows[0]
+    n_bytes = alone["weight_bytes"]
+    most = max((row for row in rows if row["devices"] == row["processes"]), key=lambda row: row["devices"])
+
+    def cell(row: Row, step: str, launched: bool = False) -> str:
+        seconds = row[step]["seconds"]
+        of_launches = f" ({1e3 * row[step]['launched_seconds']:.1f})" if launched else ""
+        return f"{1e3 * seconds:.1f}{of_launches}, {n_bytes / seconds / _GB:.0f}, {speedup(row, step):.2f}"
+
+    def speedup(row: Row, step: str) -> float:
+        return float(alone[step]["seconds"] / row[step]["seconds"])
+
+    cells = {
+        _layout(row): [
+            cell(row, "graph"),
+            cell(row, "compute", launched=True),
+            cell(row, "copies"),
+            cell(row, "host_to_host"),
         ]
-    return plain_table(["processes x GPUs each", *(f"{step}: ms, GB/s, speed-up" for step in steps)], cells)
+        for row in rows
+    }
+    steps = ("search and pack, a graph", "search and pack, calls", "copies", "from host to host")
+    head = ["processes x GPUs each", *(f"{step}: ms, GB/s, speed-up" for step in steps)]
+    return _AT_ONCE.format(
+        device=alone["device"],
+        gb=n_bytes / _GB,
+        run=run(most),
+        table="\n".join(plain_table(head, cells)),
+        most=most["devices"],
+        graph=speedup(most, "graph"),
+        copies=speedup(most, "copies"),
+        host=speedup(most, "host_to_host"),
+    )
 
 
 def _layout(row: Row) -> str:
@@ -263,7 +301,7 @@ def _largest_part(model: Sequence[Shard], processes: int) -> float:
 
 
 def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
-    model, rates = benchmark_model(entry["layers"]), _rates(entry)
+    model, rates, in_a_run = benchmark_model(entry["layers"]), _rates(entry), _rates_of_a_run(entry)
     steps = {
         "reading, from the disk": (rates.read, "disk"),
         "reading, from the page cache": (rates.read_cached, "one core"),
@@ -276,11 +314,11 @@ def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
     }
     times = cuda["bfloat16"]["device"]
     tenfold = {
-        name: simulate(model, Cluster(faster(rates, fields, 10))).seconds
+        name: simulate(model, Cluster(faster(in_a_run, fields, 10))).seconds
         for name, fields in _RESOURCES.items()
     }
     order = sorted(tenfold, key=tenfold.__getitem__)
-    skip_bad = simulate(model, Cluster(rates, skip_bad=True))
+    skip_bad = simulate(model, Cluster(rates, skip_bad=True))  # one pass reads, the other writes
     return _LIMITS.format(
         steps="\n".join(
             plain_table(
@@ -290,7 +328,7 @@ def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
         floor=_percent(times["floor"]["p50_ms"] / times["sweep"]["p50_ms"]),
         shape=shape(cuda),
         device=cuda["device"],
-        whole=simulate(model, Cluster(rates)).seconds,
+        whole=simulate(model, Cluster(in_a_run)).seconds,
         skip_bad=skip_bad.seconds,
         before=skip_bad.before,
         faster="\n".join(
@@ -301,7 +339,7 @@ def _limits(entry: Row, search: float, swept_by: str, cuda: Row) -> str:
 
 
 def _projections(entry: Row) -> str:
-    measured = _rates(entry)
+    measured = _rates_of_a_run(entry)
     models = {name: make() for name, make in MODELS.items()}
     lines: dict[str, list[str]] = {}
     for name, model in models.items():

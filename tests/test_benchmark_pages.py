@@ -1,4 +1,4 @@
-"""docs/benchmarks.md: the sections that records of objectives and of JAX give."""
+"""Pages: what records of objectives, of JAX, of checkpoints and of all GPUs at once give."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("benchmarks", reason="the benchmarks were not copied")
 pytest.importorskip("simpy")
 
-from benchmarks import report
+from benchmarks import report, report_scaling
 
 HEAD = {
     "time": "today",
@@ -87,3 +87,22 @@ def test_checkpoint() -> None:
     assert "Peak memory" not in text
     without = {name: value for name, value in entry.items() if name != "runs"}  # an older line
     assert "Checkpoints" not in report.page({"checkpoint_cuda": without})
+
+
+def test_all_gpus_at_once() -> None:
+    def row(processes: int, devices: int, **seconds: float) -> dict[str, Any]:
+        steps = {name: {"launched_seconds": 0.001, "seconds": value} for name, value in seconds.items()}
+        return {**HEAD, **steps, "processes": processes, "devices": devices, "weight_bytes": 8_000_000_000}
+
+    text = report_scaling.at_once(
+        [
+            row(2, 2, graph=0.010, compute=0.016, copies=0.08, host_to_host=0.1),
+            row(1, 2, graph=0.010, compute=0.040, copies=0.08, host_to_host=0.1),
+            row(1, 1, graph=0.020, compute=0.024, copies=0.16, host_to_host=0.2),
+        ]
+    )
+    one, both, two = (line for line in text.splitlines() if line.startswith(("| 1 x", "| 2 x")))
+    assert one == "| 1 x 1 | 20.0, 400, 1.00 | 24.0 (1.0), 333, 1.00 | 160.0, 50, 1.00 | 200.0, 40, 1.00 |"
+    assert both == "| 1 x 2 | 10.0, 800, 2.00 | 40.0 (1.0), 200, 0.60 | 80.0, 100, 2.00 | 100.0, 80, 2.00 |"
+    assert two.startswith("| 2 x 1 | 10.0, 800, 2.00 | 16.0 (1.0), 500, 1.50 |")
+    assert "2 GPUs have 2.00 times the compute of one, and the host feeds them 2.00 times as fast" in text
