@@ -55,7 +55,8 @@ class _Gpu:
         self._amaxes = [np.float32(amax.item()) for amax in self._amaxes_there]
         self.compute()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(device), torch.cuda.graph(self._graph):
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.graph(self._graph, stream=stream):  # by itself it takes one of the first GPU
             self.compute()
 
     def compare(self, matrices: int) -> int:
