@@ -93,8 +93,9 @@ brackets. Copies: the weights to the GPUs, and nothing else. From host to host: 
 `quantize` does it with what it has read.
 
 So {most} GPUs have {graph:.2f} times the compute of one, and the host feeds them {copies:.2f} times as fast: that bounds
-what engines reach, {host:.2f} times. The threads of one process wait for each other's interpreter when they launch
-calls; behind copies that hardly shows.
+what engines reach, {host:.2f} times. Calls on weights that are on GPUs are bound by the host, where the time in brackets is
+nearly all: it takes longer to launch a small matrix than a GPU to search it, and the threads of one process wait for
+each other's interpreter. Behind the copies that shows little.
 """  # noqa: E501
 
 _LIMITS = """## Where the bottleneck sits
