@@ -9,7 +9,6 @@ of a layer are compared with the oracle's.
 """
 
 import argparse
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ import torch
 import nvfp4sweep
 import nvfp4sweep_torch
 from benchmarks import gate, ledger
-from benchmarks.checkpoint_model import LLAMA_8B, layer_of
+from benchmarks.checkpoint_model import LLAMA_8B, Shape, matrices, n_bytes
 from nvfp4sweep.checkpoint.engines import Array
 from nvfp4sweep.checkpoint.ranks import Ranks, part, share, shares
 from nvfp4sweep.cli_checkpoint import empty_for, torch_engine
@@ -35,8 +34,6 @@ _COMPARED_ROWS = 8  # of each matrix of a layer
 _REPEATS = 5
 _SOON = 0.02  # seconds, in which all ranks learn when they begin
 _DRAWN = np.random.default_rng(0).standard_normal(2**24, np.float32).astype(ml_dtypes.bfloat16)
-
-Shape = tuple[int, ...]
 
 
 class _Step(NamedTuple):
@@ -59,10 +56,10 @@ class _Gpu:
         with torch.cuda.graph(self._graph, stream=stream):  # by itself it takes one of the first GPU
             self.compute()
 
-    def compare(self, matrices: int) -> int:
+    def compare(self, count: int) -> int:
         """The number of blocks of the first matrices that were compared with the oracle."""
         blocks = 0
-        for weight, amax in zip(self._on_host[:matrices], self._amaxes, strict=False):
+        for weight, amax in zip(self._on_host[:count], self._amaxes, strict=False):
             rows = np.linspace(0, len(weight) - 1, _COMPARED_ROWS).astype(int)
             found = self._engine(weight, amax, None, 1).scale[rows]
             expected = nvfp4sweep.sweep(weight[rows], global_amax=amax, implementation="oracle").code
@@ -103,21 +100,15 @@ _STEPS = {
 def _draw(shape: Shape, device: str) -> Array:
     """bfloat16, in memory that the device copies from by itself."""
     weight = empty_for(device)(shape, _DRAWN.dtype)
-    flat = weight.reshape(-1)
-    for start in range(0, flat.size, _DRAWN.size):
-        flat[start : start + _DRAWN.size] = _DRAWN[: flat.size - start]
+    weight[:] = np.resize(_DRAWN, shape)
     return weight
 
 
-def _n_bytes(shape: Shape) -> int:
-    return _DRAWN.itemsize * math.prod(shape)
-
-
 def _measure(layers: int, ranks: Ranks) -> dict[str, Any]:
-    layer = [shape for shape in layer_of(LLAMA_8B, 0).values() if len(shape) == 2]
+    layer = matrices(LLAMA_8B)
     devices = device_of_rank(resolve_devices("cuda"), ranks)
-    parts = shares(share(layer * layers, _n_bytes, ranks), _n_bytes, len(devices))
-    gpus = [_Gpu(device, part) for device, part in zip(devices, parts, strict=True)]
+    parts = shares(share(layer * layers, n_bytes, ranks), n_bytes, len(devices))
+    gpus = [_Gpu(device, shapes) for device, shapes in zip(devices, parts, strict=True)]
     compared = sum(gpu.compare(len(layer)) for gpu in gpus)
     steps = {name: _times(step, gpus, ranks) for name, step in _STEPS.items()}
     return {
@@ -127,7 +118,7 @@ def _measure(layers: int, ranks: Ranks) -> dict[str, Any]:
         "devices": ranks.size * len(devices),
         "host": ledger.processor(),
         "layers": layers,
-        "weight_bytes": layers * sum(map(_n_bytes, layer)),
+        "weight_bytes": layers * sum(map(n_bytes, layer)),
         "blocks_compared": sum(ranks.gather(compared)),
         **steps,
     }
@@ -143,8 +134,7 @@ def _times(step: _Step, gpus: Sequence[_Gpu], ranks: Ranks) -> dict[str, float]:
         gpu.wait()
         return launched
 
-    launches: list[float] = []
-    ends: list[float] = []
+    rounds: list[tuple[float, float]] = []
     with ThreadPoolExecutor(len(gpus)) as threads:
         for _ in range(_REPEATS + 1):
             start = max(ranks.gather(time.perf_counter() + _SOON))  # one clock for all processes
@@ -152,14 +142,10 @@ def _times(step: _Step, gpus: Sequence[_Gpu], ranks: Ranks) -> dict[str, float]:
                 pass
             launched = max(threads.map(go, gpus))
             of_ranks = ranks.gather((launched, time.perf_counter()))
-            last_launched, last_ended = (max(times) for times in zip(*of_ranks, strict=True))
-            launches.append((last_launched - start) / step.rounds)
-            ends.append((last_ended - start) / step.rounds)
-    # The first finds memory for the results.
-    return {
-        "launched_seconds": round(statistics.median(launches[1:]), 5),
-        "seconds": round(statistics.median(ends[1:]), 5),
-    }
+            last_launched, last_ended = map(max, zip(*of_ranks, strict=True))
+            rounds.append(((last_launched - start) / step.rounds, (last_ended - start) / step.rounds))
+    launched, ended = map(statistics.median, zip(*rounds[1:], strict=True))  # the first finds memory
+    return {"launched_seconds": round(launched, 5), "seconds": round(ended, 5)}
 
 
 def main() -> None:

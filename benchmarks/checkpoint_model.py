@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from nvfp4sweep.checkpoint.writer import Entry, open_shard, write_json
 
+Shape = tuple[int, ...]
+
 
 class Llama(NamedTuple):
     """The sizes of one; `keys` is the outputs of k_proj and of v_proj."""
@@ -27,7 +29,7 @@ _ITEM_BYTES = 2
 _POOL = 2**27  # elements, of which all weights are cut
 
 
-def layer_of(model: Llama, i: int) -> dict[str, tuple[int, ...]]:
+def layer_of(model: Llama, i: int) -> dict[str, Shape]:
     """The shapes of a layer's tensors, by name."""
     hidden, intermediate, keys, _ = model
     attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
@@ -44,9 +46,14 @@ def layer_of(model: Llama, i: int) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
+def matrices(model: Llama) -> list[Shape]:
+    """Of a layer: what is quantized."""
+    return [shape for shape in layer_of(model, 0).values() if len(shape) == 2]
+
+
+def _shards(layers: int) -> list[dict[str, Shape]]:
     """The shapes of each shard's tensors, by name."""
-    groups: list[dict[str, tuple[int, ...]]] = []
+    groups: list[dict[str, Shape]] = []
     for i in range(layers):
         if i % _LAYERS_A_SHARD == 0:
             groups.append({})
@@ -59,10 +66,10 @@ def _shards(layers: int) -> list[dict[str, tuple[int, ...]]]:
 
 def shards(layers: int) -> list[dict[str, int]]:
     """The bytes of each shard's tensors, by name."""
-    return [{name: _n_bytes(shape) for name, shape in shard.items()} for shard in _shards(layers)]
+    return [{name: n_bytes(shape) for name, shape in shard.items()} for shard in _shards(layers)]
 
 
-def _n_bytes(shape: tuple[int, ...]) -> int:
+def n_bytes(shape: Shape) -> int:
     return _ITEM_BYTES * math.prod(shape)
 
 
@@ -76,7 +83,7 @@ def make_model(folder: Path, layers: int) -> None:
     offset = 0
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        entries = [Entry(name, "BF16", shape, _n_bytes(shape)) for name, shape in group.items()]
+        entries = [Entry(name, "BF16", shape, n_bytes(shape)) for name, shape in group.items()]
         with open_shard(folder / file, entries) as shard:
             for entry in entries:
                 offset = (offset + 2 * 7919 * 16) % (bits.size // 2)

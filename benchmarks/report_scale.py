@@ -1,6 +1,6 @@
 """The parts of docs/benchmarks.md on many weights, several GPUs and whole checkpoints."""
 
-from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape, times
+from benchmarks.report_tables import Row, by_gpus, layout, plain_table, run, shape, times
 
 _RANKS = {
     "calibrate": "`calibrate(local, process_group=...)`",
@@ -81,7 +81,7 @@ def many(entry: Row) -> str:
 def checkpoint(entry: Row) -> str:
     first = entry["runs"][0]["engine_seconds"]
     runs = {
-        f"{row['processes']} x {row['devices'] // row['processes'] or 1}": [
+        layout(row): [
             f"{row['seconds']:.1f}",
             f"{entry['input_bytes'] / row['seconds'] / 1e9:.2f}",
             f"{row['engine_seconds']:.2f}",

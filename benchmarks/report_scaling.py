@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.report_tables import Row, by_gpus, plain_table, run, shape
+from benchmarks import report_checkpoint_gpus
+from benchmarks.report_tables import Row, by_gpus, layout, plain_table, run, shape
 from benchmarks.scaling import Cluster, Rates, Shard, Spent, faster, shards_of_each, simulate
 from benchmarks.scaling_models import MODELS, benchmark_model
 from nvfp4sweep.checkpoint.selection import SHARD_BYTES
@@ -81,23 +82,6 @@ for two shards hold what is copied.
 The disk bounds all that: one GPU's engine is busy for {busy} of its run.
 """  # noqa: E501
 
-_AT_ONCE = """### All GPUs at once, without the disk: {device}
-
-The same weights in memory, divided by their bytes, {gb:.1f} GB; from when all GPUs begin to the last one's end. Of {run}.
-
-{table}
-
-Search and pack: from a GPU's memory to its memory, which is the compute part of a checkpoint: as a CUDA graph, so that
-the GPUs alone are timed; and as calls, one a matrix, of which a process has launched its last after the time in
-brackets. Copies: the weights to the GPUs, and nothing else. From host to host: both, and the results back, as
-`quantize` does it with what it has read.
-
-So {most} GPUs have {graph:.2f} times the compute of one, and the host feeds them {copies:.2f} times as fast: that bounds
-what engines reach, {host:.2f} times. Calls on weights that are on GPUs are bound by the host, where the time in brackets is
-nearly all: it takes longer to launch a small matrix than a GPU to search it, and the threads of one process wait for
-each other's interpreter. Behind the copies that shows little.
-"""  # noqa: E501
-
 _LIMITS = """## Where the bottleneck sits
 
 Each step by itself, one process, one GPU:
@@ -139,7 +123,13 @@ def page(by_number: dict[int, Row], checkpoint: Row, layouts: Sequence[Row], cud
     """Of the newest runs of cuda_ranks by their number, checkpoint_cuda, checkpoint_gpus, and cuda."""
     sweep = by_number[1]["wall_in_a_row"]["sweep"]["p50_ms"] / 1e3
     search = 2 * math.prod(by_number[1]["shape"]) / sweep
-    parts = [_HEAD, _sweeps(by_number), _experts(by_number), _checkpoints(checkpoint), at_once(layouts)]
+    parts = [
+        _HEAD,
+        _sweeps(by_number),
+        _experts(by_number),
+        _checkpoints(checkpoint),
+        report_checkpoint_gpus.section(layouts),
+    ]
     limits = _limits(checkpoint, search, by_number[1]["device"], cuda)
     return "\n".join([*parts, limits, _projections(checkpoint)])
 
@@ -197,9 +187,14 @@ def _rates(entry: Row) -> Rates:
 
 def _rates_of_a_run(entry: Row) -> Rates:
     """With a disk that does both: it takes longer than for one after the other."""
-    rates, seconds = _rates(entry), entry["parts_seconds"]
-    longer = seconds["read_while_writing"] / (seconds["read"] + seconds["sync"])
-    return dataclasses.replace(rates, read=rates.read / longer, sync=rates.sync / longer)
+    rates, slowdown = _rates(entry), _slowdown(entry)
+    return dataclasses.replace(rates, read=rates.read / slowdown, sync=rates.sync / slowdown)
+
+
+def _slowdown(entry: Row) -> float:
+    """Of the disk, when it reads and writes at once."""
+    seconds = entry["parts_seconds"]
+    return float(seconds["read_while_writing"] / (seconds["read"] + seconds["sync"]))
 
 
 def _checkpoints(entry: Row) -> str:
@@ -211,7 +206,7 @@ def _checkpoints(entry: Row) -> str:
     for row in runs:
         processes, devices = row["processes"], row["devices"] // row["processes"]
         simulated = simulate(model, Cluster(rates, processes=processes, devices=devices)).seconds
-        cells[_layout(row)] = [
+        cells[layout(row)] = [
             f"{row['seconds']:.1f}, {_percent(row['seconds'] / seconds['copy'])}",
             f"{1e12 * row['seconds'] / entry['input_bytes']:.0f}",
             f"{row['engine_seconds']:.2f}, {alone['engine_seconds'] / row['engine_seconds']:.2f}",
@@ -241,7 +236,7 @@ def _checkpoints(entry: Row) -> str:
         both=seconds["read_while_writing"],
         read=seconds["read"],
         sync=seconds["sync"],
-        longer=_percent(seconds["read_while_writing"] / (seconds["read"] + seconds["sync"]) - 1),
+        longer=_percent(_slowdown(entry) - 1),
         least=min(writing),
         most=max(writing),
         busy=_percent(alone["engine_seconds"] / alone["seconds"]),
@@ -250,48 +245,6 @@ def _checkpoints(entry: Row) -> str:
         processes=max(parts),
         part=1 / min(parts.values()),
     )
-
-
-def at_once(layouts: Sequence[Row]) -> str:
-    """Of the newest run of checkpoint_gpus for each number of processes and GPUs."""
-    rows = sorted(layouts, key=lambda row: (row["devices"], row["processes"]))
-    alone = rows[0]
-    n_bytes = alone["weight_bytes"]
-    most = max((row for row in rows if row["devices"] == row["processes"]), key=lambda row: row["devices"])
-
-    def cell(row: Row, step: str, launched: bool = False) -> str:
-        seconds = row[step]["seconds"]
-        of_launches = f" ({1e3 * row[step]['launched_seconds']:.1f})" if launched else ""
-        return f"{1e3 * seconds:.1f}{of_launches}, {n_bytes / seconds / _GB:.0f}, {speedup(row, step):.2f}"
-
-    def speedup(row: Row, step: str) -> float:
-        return float(alone[step]["seconds"] / row[step]["seconds"])
-
-    cells = {
-        _layout(row): [
-            cell(row, "graph"),
-            cell(row, "compute", launched=True),
-            cell(row, "copies"),
-            cell(row, "host_to_host"),
-        ]
-        for row in rows
-    }
-    steps = ("search and pack, a graph", "search and pack, calls", "copies", "from host to host")
-    head = ["processes x GPUs each", *(f"{step}: ms, GB/s, speed-up" for step in steps)]
-    return _AT_ONCE.format(
-        device=alone["device"],
-        gb=n_bytes / _GB,
-        run=run(most),
-        table="\n".join(plain_table(head, cells)),
-        most=most["devices"],
-        graph=speedup(most, "graph"),
-        copies=speedup(most, "copies"),
-        host=speedup(most, "host_to_host"),
-    )
-
-
-def _layout(row: Row) -> str:
-    return f"{row['processes']} x {row['devices'] // row['processes']}"
 
 
 def _largest_part(model: Sequence[Shard], processes: int) -> float:

@@ -106,3 +106,8 @@ def run(entry: Row) -> str:
     driver = f"driver {entry['cuda']['driver']}, " if "cuda" in entry else ""
     machine = f"; {driver}{entry['host']}" if "host" in entry else ""
     return f"commit {entry['commit']}, {entry['time']}; {versions(entry)}{machine}"
+
+
+def layout(row: Row) -> str:
+    """Processes x devices of each, or the one that they share."""
+    return f"{row['processes']} x {row['devices'] // row['processes'] or 1}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from benchmarks.checkpoint_model import LLAMA_70B, layer_of, shards
+from benchmarks.checkpoint_model import LLAMA_70B, matrices, shards
 from benchmarks.scaling import Shard, Tensor
 from nvfp4sweep.checkpoint.selection import SHARD_BYTES
 
@@ -30,7 +30,7 @@ def _matrix(rows: int, columns: int, *, of: int = 1, quantized: bool = True) -> 
 
 def _llama_70b() -> list[Shard]:
     """Llama 3 70B; what is small beside its matrices is left out."""
-    layer = [_matrix(*shape) for shape in layer_of(LLAMA_70B, 0).values() if len(shape) == 2]
+    layer = [_matrix(*shape) for shape in matrices(LLAMA_70B)]
     embedding = _matrix(LLAMA_70B.vocabulary, LLAMA_70B.hidden, quantized=False)
     return _files([embedding, *layer * 80, embedding])
 

@@ -5,6 +5,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -190,6 +191,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         import torch
 
         torch.cuda.set_device(0)  # once it has been used, JAX leaves its last device the current one
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small model's folder, to be quantized."""
+    from quantize_models import make_tensors, write_model  # which needs extras that most tests do without
+
+    return write_model(tmp_path / "model", make_tensors())
 
 
 @pytest.fixture

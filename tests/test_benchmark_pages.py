@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("benchmarks", reason="the benchmarks were not copied")
 pytest.importorskip("simpy")
 
-from benchmarks import report, report_scaling
+from benchmarks import report, report_checkpoint_gpus
 
 HEAD = {
     "time": "today",
@@ -94,7 +94,7 @@ def test_all_gpus_at_once() -> None:
         steps = {name: {"launched_seconds": 0.001, "seconds": value} for name, value in seconds.items()}
         return {**HEAD, **steps, "processes": processes, "devices": devices, "weight_bytes": 8_000_000_000}
 
-    text = report_scaling.at_once(
+    text = report_checkpoint_gpus.section(
         [
             row(2, 2, graph=0.010, compute=0.016, copies=0.08, host_to_host=0.1),
             row(1, 2, graph=0.010, compute=0.040, copies=0.08, host_to_host=0.1),

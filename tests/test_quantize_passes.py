@@ -12,8 +12,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
+
+import nvfp4sweep
 
 pytest.importorskip("typer", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("safetensors", reason="the extra [checkpoint] is not installed")
@@ -28,18 +31,13 @@ from quantize_models import (
     write_model,
 )
 
+from nvfp4sweep import cli_checkpoint
 from nvfp4sweep.checkpoint import quantizer, selection, writer
 from nvfp4sweep.checkpoint.engines import Engine, Packed, numpy_engine
 from nvfp4sweep.checkpoint.quality import PAGE_NAME
 from nvfp4sweep.checkpoint.quantizer import quantize_checkpoint
 from nvfp4sweep.checkpoint.reader import Checkpoint, CheckpointError, TensorInfo
 from nvfp4sweep.checkpoint.settings import Settings
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model", make_tensors())
-
 
 # --- at the same time ---------------------------------------------------------------------------------
 
@@ -147,6 +145,27 @@ def test_files_are_cut_evenly(monkeypatch: pytest.MonkeyPatch, seed: int) -> Non
     assert len(parts) == -(-sum(sizes) // 100)
     mean = sum(sizes) / len(parts)
     assert all(abs(sum(tensor.size for tensor in part) - mean) <= 40 for part in parts)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=pytest.mark.gpu)])
+def test_torch_engine_has_finished_when_it_returns(device: str) -> None:
+    """Memory that weights are read to is used again, and results are written at once."""
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    engine, rng = cli_checkpoint.torch_engine(device), np.random.default_rng(7)
+    weight = cli_checkpoint.empty_for(device)((2048, 2048), ml_dtypes.bfloat16)
+    importance = rng.lognormal(0, 2, 2048).astype(np.float32)
+    for given, min_code in ((None, 1), (importance, 8), (None, 1)):
+        drawn = rng.standard_normal(weight.shape, np.float32).astype(weight.dtype)
+        amax = np.float32(nvfp4sweep.global_amax(drawn))
+        weight[:] = drawn
+        found = engine(weight, amax, given, min_code)
+        weight[:] = 0
+        expected = numpy_engine(drawn, amax, given, min_code)
+        for one, other in zip(found, expected, strict=True):
+            assert one.tobytes() == other.tobytes()
+    importance[3] = np.nan
+    with pytest.raises(ValueError, match=r"importance\[3\] is nan"):
+        engine(weight, np.float32(1), importance, 1)
 
 
 # --- interruptions ----------------------------------------------------------------------------------

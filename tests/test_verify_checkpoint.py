@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("typer", reason="the extra [checkpoint] is not installed")
 pytest.importorskip("safetensors", reason="the extra [checkpoint] is not installed")
 
-from quantize_models import ATTENTION, FILES, LAYER, MODULES, make_tensors, write_model
+from quantize_models import ATTENTION, FILES, LAYER, MODULES
 from safetensors import deserialize
 from typer.testing import CliRunner
 
@@ -25,11 +25,6 @@ from nvfp4sweep.checkpoint.writer import Entry, open_shard
 
 O_PROJ = f"{LAYER}self_attn.o_proj"
 Edit = Callable[[dict[str, Any]], None]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return write_model(tmp_path / "model", make_tensors())
 
 
 def edit_shard(folder: Path, edit: Edit) -> None:
